@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Runs every test: bash launch/test.sh [pytest's arguments]
+#
+# Makes .venv if there is none (or uses the active environment), installs what is needed, then ruff and pytest.
+# With CI=true or W2S_ALL_PYTHONS=1 the quick tests also run on the oldest and the newest supported Python found here.
+# PyTorch is only the reference in parity tests: where it cannot be installed, those skip. W2S_TORCH=0 leaves it out.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$W2S_ROOT"
+
+w2s_env
+# The extra `test` of pyproject.toml but torch, which may fail to install.
+mapfile -t extra < <("$PYTHON" -c '
+import tomllib
+for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]:
+    print(name)')
+packages=() torch=""
+for name in "${extra[@]}"; do
+  case "$name" in torch*) torch="$name" ;; *) packages+=("$name") ;; esac
+done
+w2s_install "$PYTHON" "${packages[@]}"
+if [ "${W2S_TORCH:-1}" = 1 ] && ! "$PYTHON" -c 'import torch' >/dev/null 2>&1; then
+  echo "installing $torch (CPU)" >&2
+  # The CPU build sorts above PyPI's CUDA build, where its index can be reached.
+  "$PYTHON" -m pip install --quiet --retries 1 --timeout 30 --extra-index-url https://download.pytorch.org/whl/cpu "$torch" ||
+    echo "no PyTorch: the tests that compare with it will skip" >&2
+fi
+
+status=0
+"$PYTHON" -m ruff check . || status=1
+"$PYTHON" -m pytest "$@" || status=1
+
+if [ "${CI:-}" = true ] || [ "${W2S_ALL_PYTHONS:-}" = 1 ]; then
+  used="$("$PYTHON" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')"
+  oldest="$(w2s_find python3.11 python3.12 python3.13)" || oldest=""
+  newest="$(w2s_find python3.13 python3.12 python3.11)" || newest=""
+  for other in $(printf '%s\n' "$oldest" "$newest" | sort -u); do
+    version="$("$other" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')"
+    if [ "$version" = "$used" ]; then continue; fi
+    folder="$W2S_ROOT/.venv-$version"
+    w2s_works "$folder/bin/python" || w2s_venv "$other" "$folder"
+    w2s_install "$folder/bin/python" "${packages[@]}"
+    echo "quick tests on $version" >&2
+    "$folder/bin/python" -m pytest -q -m quick || status=1
+  done
+fi
+exit "$status"
