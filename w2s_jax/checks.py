@@ -1,0 +1,221 @@
+"""The checks of a config that need no jax."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from w2s_jax import logger
+from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, check_store, describe, flatten, folder, key_type, shipped
+from w2s_jax.errors import UserError, nearest
+
+LABEL_SPLITS = ("b", "a", "train", "val", "test")  # what the stage label takes as `split`
+
+# Closed ranges (low, high); a low of TINY excludes 0. Keys that stand nowhere here are free.
+TINY = float.fromhex("0x1p-1022")
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1), "data_seed": (0, 2**31 - 1),
+    "n_train": (1, math.inf), "n_val": (0, math.inf), "n_test": (1, math.inf), "n_heldout": (0, math.inf),
+    "test_fraction": (0, 1 - 1e-9), "max_length": (1, math.inf),
+    "batch_size": (1, math.inf), "microbatch_size": (0, math.inf), "epochs": (1, math.inf), "steps": (1, math.inf),
+    "learning_rate": (TINY, 1e6), "final_lr_fraction": (0, 1), "warmup_steps": (0, math.inf),
+    "grad_clip": (0, 1e30), "weight_decay": (0, 1e30), "dropout": (0, 1 - 1e-9),
+    "log_every": (1, math.inf), "eval_every": (0, math.inf), "eval_batch_size": (0, math.inf),
+    "checkpoint_every": (0, math.inf), "steps_per_dispatch": (0, math.inf),
+    "replicates": (40, math.inf), "repeats": (1, math.inf), "n_label": (1, math.inf), "arch.vocab": (2, math.inf),
+    "arch.width": (1, math.inf), "arch.layers": (1, math.inf), "arch.heads": (1, math.inf), "arch.context": (1, math.inf),
+    "loss_args.alpha": (0, 1e6), "loss_args.beta": (0, 1e6), "loss_args.aux_coef": (0, 1), "loss_args.warmup": (0, 1e12),
+    "loss_args.buffer": (1, math.inf), "loss_args.chunk": (0, math.inf), "loss_args.radius": (TINY, 1),
+    "optimizer_args.b1": (0, 1 - 1e-12), "optimizer_args.b2": (0, 1 - 1e-12), "optimizer_args.eps": (TINY, 1),
+    "optimizer_args.momentum": (0, 1 - 1e-12),
+}  # fmt: skip
+RUNS = ("run", "weak", "ceiling", "student", "label")  # keys that name a run directory
+
+
+def check(c: ConfigDict) -> None:
+    """Everything that can be told without jax: keys, types, choices, ranges, registry names, paths. Writes nothing.
+
+    Raises:
+        UserError: one line that names the key, its value and what was expected.
+    """
+    stage = c.get("stage")
+    _choose("stage", stage, CHOICES["stage"])
+    defaults = {}
+    if (folder() / f"{stage}.py").is_file():
+        reference = shipped(stage)
+        defaults = flatten(reference)
+        _check_keys(flatten(c), defaults, reference, stage)
+    if stage == "sweep":
+        _check_sweep(c)
+    else:
+        _check_values(c, defaults, (c.loss,) if "loss" in c else ())
+        _check_paths(c)
+
+
+def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> None:
+    """Choices, ranges, arguments of the losses and of the optimizer, rules between keys."""
+    for key, value in flatten(c).items():
+        if value is None or (value == "" and defaults.get(key) == ""):  # left open
+            continue
+        if key in CHOICES:
+            _choose(key, value, LABEL_SPLITS if (c.get("stage"), key) == ("label", "split") else CHOICES[key])
+        if key in RANGES and not (key == "loss_args.radius" and value == "midweak"):
+            _in_range(key, value)
+    if losses:
+        _check_arguments(c, "loss", LOSS_ARGS, losses)
+    if "optimizer" in c:
+        _check_arguments(c, "optimizer", OPTIMIZER_ARGS, (c.optimizer,))
+    if "mesh" in c:
+        _check_mesh(c.mesh)
+    if "logger" in c:
+        logger.check(c.logger)
+    _check_together(c, losses)
+
+
+def _check_paths(c: ConfigDict) -> None:
+    """What the config names exists, as far as it is here and not on a hub."""
+    for key in ("task", "task_dir", "labels", "file", "corpus", "root", *RUNS):
+        if isinstance(c.get(key), str):
+            check_store(f"config.{key}", c[key])
+    if c.get("task"):
+        check_task(c.task, c.get("task_dir", ""))
+    if c.get("model"):
+        check_model(c.model)
+    if c.get("tokenizer") and is_path(c.tokenizer) and not Path(c.tokenizer).expanduser().is_dir():
+        raise UserError(f"config.tokenizer: {c.tokenizer!r}, no such folder")
+    for key in ("labels", "file", "corpus", "root", *RUNS):
+        name = c.get(key)
+        if not isinstance(name, str) or not name or "://" in name or (key, name) == ("corpus", "world"):
+            continue
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise UserError(f"config.{key}: {name!r}, no such file or folder")
+        if key in RUNS and not (path / "config.json").is_file():
+            raise UserError(f"config.{key}: {name!r} is not a run directory: it has no config.json")
+    if "corpus" in c and c.corpus != "world" and not c.tokenizer and not c.model:
+        raise UserError(f"config.tokenizer: '', expected a hub id or a local folder, since config.corpus={c.corpus!r} brings none")
+
+
+def _check_sweep(c: ConfigDict) -> None:
+    """The lists of a sweep, and the configs that its runs start from (`graph.check` says whether the lists fit together)."""
+    for loss in c.losses:
+        _choose("losses", loss, CHOICES["loss"])
+    for rung in c.rungs:
+        from w2s_jax.data.world import RUNGS
+
+        _choose("rungs", rung, tuple(RUNGS))
+    for seed in c.seeds:
+        _in_range("seeds", seed, RANGES["seed"], whole=True)
+    for rate in c.learning_rates:
+        _in_range("learning_rates", rate, RANGES["learning_rate"])
+    for key, check_one in (("base", _check_values), ("pretrain", _check_values), ("pretrain", lambda c, *_: _check_paths(c))):
+        try:
+            check_one(c[key], flatten(shipped(c[key].stage)), ("xent", *c.losses) if key == "base" else ())
+        except UserError as error:
+            raise UserError(str(error).replace("config.", f"config.{key}.", 1)) from error
+    for task in c.tasks:
+        check_task(task, c.base.task_dir, "tasks")
+    for model in () if c.rungs else c.models:
+        check_model(model, "models")
+
+
+def _choose(key: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"config.{key}: {value!r}, expected one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def _in_range(key: str, value, limits: tuple[float, float] | None = None, whole: bool = False) -> None:
+    low, high = limits or RANGES[key]
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not (low <= value <= high and value < math.inf):
+        lower = "above 0" if low == TINY else f"at least {low:g}"
+        upper = "" if math.isinf(high) else " and below 1" if 1 - 1e-8 < high < 1 else f" and at most {high:g}"
+        raise UserError(f"config.{key}: {value!r}, expected {describe(int if whole else float)} {lower}{upper}")
+
+
+def _check_keys(flat: dict, expected: dict, reference: ConfigDict, stage: str) -> None:
+    """A config file of the user's own has the keys of its stage, with values of their types."""
+    for key in flat:
+        if key not in expected:
+            raise UserError(f"config.{key}: is not a key of the stage {stage}{nearest(key, expected)}")
+    for key in expected:
+        if key not in flat:
+            raise UserError(f"config.{key}: is missing; the stage {stage} needs it (see configs/{stage}.py)")
+    for key, value in flat.items():
+        kind = key_type(reference, key)
+        fits = isinstance(value, kind) or (kind is float and isinstance(value, int)) or (value is None and expected[key] is None)
+        if not fits or (isinstance(value, bool) and kind in (int, float)):
+            raise UserError(f"config.{key}: {value!r}, expected {describe(kind)}")
+
+
+def _check_arguments(c: ConfigDict, what: str, table: dict[str, dict], chosen) -> None:
+    """Arguments that are set are ones that (one of) the chosen losses or optimizers take."""
+    takes = {name for one in chosen for name in table[one]}
+    for name, value in (c.get(f"{what}_args") or {}).items():
+        if value is None or name in takes:
+            continue
+        names = ", ".join(map(repr, dict.fromkeys(chosen)))
+        shown = f"{what} {names} takes {', '.join(sorted(takes)) or 'no arguments'}"
+        raise UserError(f"config.{what}_args.{name}: {value!r} is set, but {shown}")
+
+
+def _check_mesh(mesh: ConfigDict) -> None:
+    for axis, size in mesh.items():
+        if size != -1 and size < 1:
+            raise UserError(f"config.mesh.{axis}: {size}, expected a positive number of devices, or -1 for all that are left")
+    if sum(size == -1 for size in mesh.values()) > 1:
+        raise UserError(f"config.mesh: {dict(mesh)}, expected -1 for at most one axis")
+
+
+def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
+    """Rules between keys."""
+    radius = (c.get("loss_args") or {}).get("radius")
+    if isinstance(radius, str) and radius != "midweak":
+        raise UserError(f"config.loss_args.radius: {radius!r}, expected a number or 'midweak'")
+    for loss in losses:
+        if loss in ("logconf", "logconf_openai") and (c.loss_args.warmup or 0) > 1:
+            raise UserError(f"config.loss_args.warmup: {c.loss_args.warmup!r}, expected a fraction of training (0 to 1) for {loss}")
+    if c.get("steps") is not None and c.get("warmup_steps", 0) >= c.steps:
+        raise UserError(f"config.warmup_steps: {c.warmup_steps}, expected fewer than config.steps ({c.steps})")
+    if "arch" in c and not c.get("model"):
+        if c.arch.width % c.arch.heads:
+            raise UserError(f"config.arch.heads: {c.arch.heads}, expected a divisor of config.arch.width ({c.arch.width})")
+        if c.get("max_length", 0) > c.arch.context:
+            raise UserError(f"config.max_length: {c.max_length}, expected at most config.arch.context ({c.arch.context})")
+    if c.get("stage") == "benchmark" and c.batch_size > c.n_train:
+        raise UserError(f"config.batch_size: {c.batch_size}, expected at most config.n_train ({c.n_train})")
+
+
+def is_path(name: str) -> bool:
+    """Whether `name` means a local folder rather than a hub id: it is one, or it is written as a path."""
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).is_dir()
+
+
+def check_task(name: str, task_dir: str = "", key: str = "task") -> None:
+    """UserError unless `name` is a registered task or a folder, and `task_dir` is empty or a folder."""
+    from w2s_jax.data.tasks import TASKS
+
+    if name not in TASKS and "://" not in name and not Path(name).expanduser().is_dir():
+        raise UserError(
+            f"config.{key}: {name!r} is neither a folder nor a registered task ({', '.join(sorted(TASKS))}){nearest(name, TASKS)}"
+        )
+    if task_dir and "://" not in task_dir and not Path(task_dir).expanduser().is_dir():
+        raise UserError(f"config.task_dir: {task_dir!r}, no such folder")
+
+
+def check_model(name: str, key: str = "model") -> None:
+    """UserError if `name` is written as a local path and is no folder in Hugging Face's format, or is no possible hub id."""
+    if "://" in name:
+        return
+    if is_path(name):
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            hint = "; make it with --config=pretrain:runlocal --workdir=runs/runlocal" if name == "runs/runlocal/model" else ""
+            raise UserError(f"config.{key}: {name!r}, no such folder{hint}")
+        if not (path / "config.json").is_file():
+            raise UserError(f"config.{key}: {name!r} is not in Hugging Face's format: it has no config.json")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"config.{key}: {name!r}, expected a hub id (name or organisation/name) or a local folder")

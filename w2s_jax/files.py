@@ -1,0 +1,79 @@
+"""JSON as this project writes it, and files that are replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from pathlib import Path
+
+from etils import epath
+
+from w2s_jax.errors import UserError
+
+
+def is_object_store(path) -> bool:
+    """True for gs:// and s3:// paths: single objects are written atomically there, and cannot be appended to."""
+    return "://" in os.fspath(path)
+
+
+def plain(value):
+    """`value` as JSON has it: numpy and jax numbers as Python's, tuples as lists, paths as text, NaN and infinities as null."""
+    if hasattr(value, "to_dict"):  # ConfigDict
+        value = value.to_dict()
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if hasattr(value, "tolist"):  # arrays and scalars of numpy and jax
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} does not go into JSON: {value!r}")
+
+
+def dumps(value, **options) -> str:
+    """`value` as JSON text (see `plain`)."""
+    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False, **options)
+
+
+def write_text(path, text: str) -> None:
+    """Writes a file so that a reader, or a process killed in between, sees the old content or the new, never a part."""
+    path = epath.Path(path)
+    if is_object_store(path):
+        path.write_text(text)
+        return
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_text(path, dumps(value, indent=1) + "\n")
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file. UserError where it is missing, unreadable or no JSON object."""
+    path = epath.Path(path)
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected a JSON object, but it cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

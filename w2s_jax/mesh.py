@@ -1,0 +1,116 @@
+"""Devices, and where every array lives on them.
+
+The models carry no sharding: ordered `(regex, specs)` rules over parameter paths do, first match wins
+and every parameter must be covered (big_vision's `sharding.py` is the example). Axes: `data` holds
+replicas, `fsdp` splits parameters and batch, `model` splits tensors. One device and a pod run the same code.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from w2s_jax.errors import UserError
+
+AXES = ("data", "fsdp", "model")
+BATCH = ("data", "fsdp")  # the axes that the cells of a batch are spread over
+
+# Path regex -> specs of one layer's tensor, tried in order until one divides; none dividing = replicated.
+# Stacked layers get a leading unsharded axis. Kernels are [in, out].
+RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
+    (r"embed/tokens/embedding$", (P("model", "fsdp"), P(None, ("fsdp", "model")), P(None, "fsdp"), P("model", None))),
+    (r"embed/(positions|types)/embedding$", (P(None, "fsdp"),)),
+    (r"attn/(qkv|q|k|v)/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
+    (r"mlp/(up|gate)/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
+    (r"(attn/out|mlp/down)/kernel$", (P("model", "fsdp"), P(None, "fsdp"), P("model", None))),
+    (r"(qkv|q|k|v|up|gate)/bias$", (P("model"),)),
+    (r"lm_head/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
+    (r"head/kernel$", (P("fsdp", None),)),
+    (r"(scale|bias)$", (P(),)),
+)
+
+
+def make_mesh(shape, devices=None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp`, `model`.
+
+    Args:
+      shape: a mapping with those keys; -1 (at most once) takes the devices that the others leave.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [int(shape[a]) for a in AXES]
+    asked = dict(zip(AXES, sizes))
+    free = [i for i, s in enumerate(sizes) if s == -1]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if len(free) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise UserError(f"mesh: {asked} is not a shape; expected positive sizes and at most one -1")
+    if free:
+        sizes[free[0]] = max(len(devices) // known, 1)
+    if int(np.prod(sizes)) > len(devices) or (free and len(devices) % known):
+        raise UserError(f"mesh: {asked} does not fit the {len(devices)} devices here")
+    used = np.asarray(devices[: int(np.prod(sizes))]).reshape(sizes)
+    return Mesh(used, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def cells(mesh: Mesh) -> int:
+    """Parts that a batch is cut into: one for each place along data x fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Cells along dimension `axis` spread over data x fsdp, everything else whole."""
+    return NamedSharding(mesh, P(*([None] * axis), BATCH))
+
+
+def paths(tree) -> list[tuple[str, object]]:
+    """`(path, leaf)` of a nested dict, path = keys joined by `/`."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [("/".join(str(k.key) for k in path), leaf) for path, leaf in flat]
+
+
+def map_paths(function, tree, *rest):
+    """`function(path, leaf, ...)` over a nested dict."""
+    return jax.tree_util.tree_map_with_path(lambda p, *x: function("/".join(str(k.key) for k in p), *x), tree, *rest)
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> tuple[P, bool]:
+    """The spec of a parameter, and whether a preferred one was passed over because a dimension does not divide.
+
+    Raises:
+      ValueError: no rule covers the path (a defect of the model's port, not of the user's input).
+    """
+    stacked = "/layers/" in f"/{path}"
+    inner = shape[1:] if stacked else shape
+    for pattern, candidates in RULES:
+        if re.search(pattern, path):
+            for rank, candidate in enumerate(candidates):
+                if _divides(candidate, inner, mesh):
+                    return (P(None, *candidate) if stacked and len(candidate) else candidate), rank > 0
+            return P(), True
+    raise ValueError(f"no sharding rule covers the parameter {path}")
+
+
+def _divides(candidate: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
+    if len(candidate) > len(shape):
+        return False
+    for size, axes in zip(shape, candidate):
+        axes = (axes,) if isinstance(axes, str) else (axes or ())
+        if size % int(np.prod([mesh.shape[a] for a in axes])):
+            return False
+    return True
+
+
+def param_shardings(mesh: Mesh, abstract) -> tuple[dict, list[str]]:
+    """Shardings for a nested dict of parameters, and the paths that fell back to a lesser rule."""
+    fallen = [path for path, leaf in paths(abstract) if spec(path, leaf.shape, mesh)[1]]
+    return map_paths(lambda path, leaf: NamedSharding(mesh, spec(path, leaf.shape, mesh)[0]), abstract), fallen

@@ -1,0 +1,97 @@
+"""What a waiting user sees on stderr: one line, or a progress bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+def say(text: str) -> None:
+    """Prints one line on stderr, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(str(text), file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Progress:
+    """A bar with the loss, the accuracy, the tokens per second and the time left; plain lines where stderr is not a terminal.
+
+        with Progress(steps, start=resumed_at, label="gpt2 on sciq") as progress:
+            progress.update(1, loss=0.69, accuracy=0.5, tokens=4096)
+
+    `tokens` are counted and shown as a rate; every other value is shown as it is. Values may be left out.
+    """
+
+    def __init__(self, total: int, start: int = 0, label: str = "", unit: str = "step", every: float = 10.0):
+        self.total, self.count, self.label, self.unit, self.every = int(total), int(start), label, unit, every
+        self._begin = self._said = time.monotonic()
+        self._first: tuple[float, int] | None = None  # time and count after the first update: compiling is no measure of speed
+        self._tokens = 0
+        self._values: dict = {}
+        self._bar = None
+        self._dirty = False
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self.total, initial=self.count, desc=label or None, unit=unit, dynamic_ncols=True, file=sys.stderr)
+
+    def update(self, n: int = 1, **values) -> None:
+        """`n` more are done; `values` are the newest."""
+        now = time.monotonic()
+        self.count += n
+        tokens = values.pop("tokens", 0)
+        if self._first is None:
+            self._first = (now, self.count)
+        else:
+            self._tokens += tokens
+            if self._tokens and now > self._first[0]:
+                values["tokens_per_second"] = self._tokens / (now - self._first[0])
+        self._values.update({k: v for k, v in values.items() if v is not None})
+        self._dirty = True
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._text(), refresh=False)
+            self._bar.update(n)
+        elif now - self._said >= self.every or self.count >= self.total:
+            self._line(now)
+
+    def _text(self) -> str:
+        names = {"tokens_per_second": "tokens/s", "accuracy": "acc"}
+        return ", ".join(f"{names.get(k, k)} {_number(v)}" for k, v in self._values.items())
+
+    def _line(self, now: float) -> None:
+        parts = [f"{self.label or self.unit} {self.count}/{self.total}"]
+        if text := self._text():
+            parts.append(text)
+        if self._first and self.count > self._first[1] and self.count < self.total:
+            parts.append(f"{_clock((now - self._first[0]) * (self.total - self.count) / (self.count - self._first[1]))} left")
+        parts.append(f"{_clock(now - self._begin)} passed")
+        print(", ".join(parts), file=sys.stderr, flush=True)
+        self._said, self._dirty = now, False
+
+    def close(self) -> None:
+        """Ends the bar; the last state is always shown."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._dirty:
+            self._line(time.monotonic())
+        self._dirty = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def _number(value) -> str:
+    if isinstance(value, str):
+        return value
+    value = float(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
