@@ -1,0 +1,75 @@
+"""Heads: what is read off a backbone's hidden states. All outputs are float32 [cells, slots, ...].
+
+A slot is a place for one document in a cell of the packed batch. Gathers run inside a cell (vmap over the cells), so
+that none crosses devices when the cells are sharded.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+HEAD_INITS = ("zeros", "normal")
+READOUTS = ("last", "mean")
+
+# Numbers of [tokens, vocabulary] logits held at once by the language model's loss (256 MB of float32).
+LOGITS_AT_ONCE = 2**26
+
+
+def _members(segments: jax.Array, documents: jax.Array) -> jax.Array:
+    """float32 [cells, slots, rows, time]: 1 where the token belongs to the slot's document; empty slots have none."""
+    return (segments[:, None] == documents[:, :, None, None] + 1).astype(jnp.float32) * (documents >= 0)[:, :, None, None]
+
+
+def gather_last(x: jax.Array, last: jax.Array) -> jax.Array:
+    """[cells, rows, time, embed] -> [cells, slots, embed], each document's last token."""
+    cells, rows, time, embed = x.shape
+    return jax.vmap(lambda cell, index: cell[index])(x.reshape(cells, rows * time, embed), last)
+
+
+def mean_over_tokens(x: jax.Array, segments: jax.Array, documents: jax.Array) -> jax.Array:
+    """[cells, rows, time, embed] -> float32 [cells, slots, embed], the mean over each document's tokens."""
+    members = _members(segments, documents)
+    total = jnp.einsum("csrt,crte->cse", members, x.astype(jnp.float32), precision="highest")
+    return total / jnp.maximum(members.sum((2, 3)), 1.0)[..., None]
+
+
+class Classifier(nnx.Module):
+    """Linear, no bias; weight, matmul and logits in float32 whatever the backbone's types."""
+
+    def __init__(self, embed: int, classes: int, init: str, *, rngs: nnx.Rngs):
+        std = {"zeros": 0.0, "normal": 0.02}[init]
+        kernel = std * jax.random.normal(rngs.params(), (embed, classes), jnp.float32)
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.matmul(x.astype(jnp.float32), self.kernel[...], precision="highest")
+
+
+def next_token_nll(x: jax.Array, table: jax.Array, batch: dict) -> jax.Array:
+    """Sum of each document's next-token negative log-likelihoods in nats, float32 [cells, slots, 1].
+
+    `x`: hidden states after the final norm [cells, rows, time, embed]; `table`: [vocab, embed] in x's type. A document's
+    first token is not predicted, and nothing is predicted across documents. Rows are taken a few at a time, and their
+    logits computed again in the backward pass, where all logits together would be large.
+    """
+    tokens, segments = batch["tokens"], batch["segments"]
+    cells, rows, time, _ = x.shape
+    x, targets = x[:, :, :-1], tokens[:, :, 1:]
+    predicted = (segments[:, :, 1:] == segments[:, :, :-1]) & (segments[:, :, 1:] > 0)
+
+    def nll(x, targets):
+        logits = jnp.einsum("...e,ve->...v", x, table, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    at_once = max((r for r in range(1, rows + 1) if rows % r == 0 and cells * r * time * table.shape[0] <= LOGITS_AT_ONCE), default=1)
+    if at_once == rows:
+        losses = nll(x, targets)
+    else:
+        def split(a):  # [cells, rows, ...] -> [groups, cells, at_once, ...]: the cells stay where they are
+            return jnp.moveaxis(a.reshape(cells, rows // at_once, at_once, *a.shape[2:]), 1, 0)
+
+        losses = jax.lax.map(lambda xt: jax.checkpoint(nll, prevent_cse=False)(*xt), (split(x), split(targets)))
+        losses = jnp.moveaxis(losses, 0, 1).reshape(cells, rows, time - 1)
+    losses = jnp.where(predicted, losses, 0.0)
+    return jnp.einsum("csrt,crt->cs", _members(segments[:, :, 1:], batch["documents"]), losses, precision="highest")[..., None]
