@@ -1,0 +1,169 @@
+"""Predictions on disk, and the labels that a student takes from them.
+
+A predictions file is parquet with the columns id, text_sha, label (the truth, null if unknown),
+logits, probs (list<float32>), p (probability of class 1, where there are two) and group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import uuid
+
+import numpy as np
+
+from w2s_jax.data import sources
+from w2s_jax.data.examples import Examples, one_hot
+from w2s_jax.data.tasks import Row
+from w2s_jax.errors import UserError
+
+
+def write_predictions(path, examples: Examples, logits: np.ndarray) -> None:
+    """Writes a predictions file, atomically.
+
+    Args:
+      path: the parquet file, local or gs://; its folder is made.
+      examples: the documents, with whatever labels are known of them.
+      logits: float32 `[n, classes]`, one row a document.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from etils import epath
+
+    logits = np.asarray(logits, np.float32)
+    if logits.ndim != 2 or len(logits) != len(examples):
+        raise ValueError(f"logits {logits.shape} for {len(examples)} documents")
+    probs = softmax(logits)
+    table = {
+        "id": pa.array(examples.ids, pa.string()),
+        "text_sha": pa.array(examples.text_shas, pa.string()),
+        "label": pa.array([None if label < 0 else int(label) for label in examples.labels], pa.int64()),
+        "logits": pa.array(list(logits), pa.list_(pa.float32())),
+        "probs": pa.array(list(probs), pa.list_(pa.float32())),
+    }
+    if logits.shape[1] == 2:
+        table["p"] = pa.array(probs[:, 1], pa.float32())
+    table["group"] = pa.array(examples.groups, pa.string())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(table), sink)
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    part.write_bytes(sink.getvalue().to_pybytes())
+    part.replace(path)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """float32 probabilities `[n, classes]`, computed in double."""
+    shifted = np.asarray(logits, np.float64) - np.max(logits, axis=1, keepdims=True)
+    exp = np.exp(shifted)
+    return (exp / exp.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """A label file: `ids`, `text_shas` (None where the file has none) and `probs` float32 `[n, classes]`."""
+
+    path: str
+    ids: list[str]
+    text_shas: list[str] | None
+    probs: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over the content, whatever the order of the rows and the kind of file."""
+        shas = self.text_shas or [""] * len(self.ids)
+        rows = sorted(zip(self.ids, shas, (p.tobytes() for p in self.probs.astype("<f4"))))
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(repr(row).encode())
+        return digest.hexdigest()
+
+
+def find(path) -> str:
+    """The label file that `path` means: a file as it is, a run directory's `predictions/b.parquet`."""
+    from etils import epath
+
+    path = epath.Path(path)
+    if path.is_dir():
+        file = path / "predictions" / "b.parquet"
+        if not file.exists():
+            there = sorted(p.name for p in file.parent.iterdir()) if file.parent.is_dir() else []
+            raise UserError(f"labels={str(path)!r}: no predictions/b.parquet in it (predictions: {', '.join(there) or 'none'}); "
+                            "run the label stage (--config=label) on that run and name its run directory")
+        return str(file)
+    if not path.exists():
+        raise UserError(f"labels={str(path)!r}: no such file or run directory")
+    return str(path)
+
+
+def read(path) -> Labels:
+    """Reads a label file, or a run directory's.
+
+    The file (parquet, jsonl or csv) has a column `id` and the first of these that is there: `probs` (one
+    probability a class), `p` (that of class 1), `label` (0 or 1); `text_sha` is checked where there is one.
+    Raises UserError for repeated ids and for what is not a probability.
+    """
+    source = sources.read_file(find(path))
+    names = set(source.rows[0])
+    kind = next((k for k in ("probs", "p", "label") if k in names), None)
+    if kind is None or "id" not in names:
+        raise UserError(f"labels: {source.name}: expected the columns id and probs (or p, or label), found {', '.join(sorted(names))}")
+    rows = [Row(values, f"labels: {source.name}, row {n}") for n, values in zip(source.numbers, source.rows)]
+    ids = [str(row.get("id")) for row in rows]
+    seen: set[str] = set()
+    twice = [i for i in ids if i in seen or seen.add(i)]
+    if twice:
+        raise UserError(f"labels: {source.name}: {len(twice)} ids occur more than once, the first {twice[0]!r}")
+    if kind == "label":
+        probs = one_hot(np.asarray([row.index("label", 2) for row in rows], np.int32))
+    else:
+        probs = np.stack([_probabilities(row, kind) for row in rows]) if len({len(_values(r, kind)) for r in rows}) == 1 else None
+        if probs is None:
+            raise UserError(f"labels: {source.name}: rows of 'probs' differ in length")
+    shas = [row.text("text_sha") for row in rows] if "text_sha" in names else None
+    return Labels(source.name, ids, shas, probs.astype(np.float32))
+
+
+def _values(row: Row, kind: str) -> list:
+    return row.items(kind) if kind == "probs" else [row.get(kind)]
+
+
+def _probabilities(row: Row, kind: str) -> np.ndarray:
+    values = _values(row, kind)
+    try:
+        p = np.asarray(values, np.float32)
+        p = np.asarray([1 - p[0], p[0]], np.float32) if kind == "p" else p
+    except (TypeError, ValueError):
+        p = np.empty(0, np.float32)
+    if p.ndim != 1 or len(p) < 2 or not np.isfinite(p).all() or (p < 0).any() or (p > 1).any() or abs(p.sum() - 1) > 1e-3:
+        expected = "a probability" if kind == "p" else "probabilities that sum to 1"
+        raise UserError(f"{row.where}: column {kind!r} is {values if kind == 'probs' else values[0]!r}, expected {expected}")
+    return p
+
+
+def attach(examples: Examples, path, dropped: frozenset[str] = frozenset()) -> Examples:
+    """The same documents with the soft labels of `path` (or of `Labels`), matched by id and text.
+
+    Raises UserError, with the count and the first example, where documents have no label, labels have no
+    document (those of the `dropped` ids excepted, which the run itself left out and counted), or a label was made
+    for another text.
+    """
+    given = path if isinstance(path, Labels) else read(path)
+    at = {i: row for row, i in enumerate(given.ids)}
+    wanted = set(examples.ids)
+    absent = [i for i in examples.ids if i not in at]
+    surplus = [i for i in given.ids if i not in wanted and i not in dropped]
+    problems = []
+    if absent:
+        problems.append(f"{len(absent)} of {len(examples)} documents have no label, the first {absent[0]!r}")
+    if surplus:
+        problems.append(f"{len(surplus)} of {len(at)} labels have no document, the first {surplus[0]!r}")
+    if given.text_shas is not None:
+        other = [i for i, sha in zip(examples.ids, examples.text_shas) if i in at and given.text_shas[at[i]] != sha]
+        if other:
+            problems.append(f"{len(other)} labels were made for another text, the first {other[0]!r}")
+    if problems:
+        raise UserError(f"labels: {given.path} does not fit the data: {'; '.join(problems)} "
+                        "(task, data_seed, n_train, split and group must be those of the labelled run)")
+    return examples.replace(soft_labels=given.probs[[at[i] for i in examples.ids]])
