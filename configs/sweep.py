@@ -1,0 +1,46 @@
+"""The whole experiment over a ladder: models x tasks x losses x seeds as one graph of runs.
+
+    python -m w2s_jax.main --config=configs/sweep.py --config.models=gpt2,gpt2-medium --config.tasks=sciq --workdir=runs/sweep
+    python -m w2s_jax.main --config=configs/sweep.py --workdir=runs/sweep --dry_run
+
+For every task and seed: each model on ground truth (half A for a supervisor, half B for a ceiling), the labels of each
+supervisor on half B, and a student for every pair and loss. Each run is made once, ground truth is shared; killed and
+started again, the sweep goes on where it was. Ends with a report. `:quickstart` is the experiment of `launch/quickstart.sh`.
+"""
+
+from ml_collections import ConfigDict
+
+from w2s_jax.config import shipped
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    c = ConfigDict()
+    c.stage = "sweep"  # which stage of w2s_jax runs this config
+    c.models = ("gpt2", "gpt2-medium")  # the ladder, weakest first: hub ids or local folders
+    c.rungs = ()  # pretrain these first and put them in the ladder's place: rungs of configs/pretrain.py (small, medium, large)
+    c.learning_rates = ()  # one a model of the ladder; empty = base.learning_rate for all
+    c.tasks = ("sciq",)  # registered tasks or folders
+    c.losses = ("xent", "logconf")  # of the students; ground truth is trained on with xent
+    c.seeds = (0,)  # each repeats every run; data_seed stays, so that seeds share their documents
+    c.pairs = "all"  # which supervisors a model has: all (every weaker one) | adjacent (the next weaker one)
+    c.report = True  # end with the report
+    c.base = shipped("finetune")  # what every finetune run starts from
+    c.pretrain = shipped("pretrain")  # what every pretrain run starts from
+
+    if arg in ("quickstart", "runlocal"):
+        c.rungs = ("small", "medium", "large")
+        c.models = ()
+        c.tasks = ("world",)
+        c.seeds = (0, 1, 2)
+        c.base.learning_rate = 1e-3
+        c.base.max_length = 32
+        c.base.n_train = 9000
+        c.base.n_test = 3000
+        c.base.checkpoint_every = 0
+        if arg == "runlocal":
+            c.rungs, c.seeds, c.losses = ("small", "medium"), (0,), ("xent",)
+            c.pretrain.steps, c.pretrain.warmup_steps, c.pretrain.n_heldout = 40, 2, 64
+            c.base.n_train, c.base.n_test = 512, 256
+    elif arg:
+        raise ValueError(f"configs/sweep.py takes ':quickstart' or ':runlocal', got ':{arg}'")
+    return c

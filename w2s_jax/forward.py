@@ -1,0 +1,85 @@
+"""Forward passes over whole sets of documents, and the process's store of compiled programs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from w2s_jax import mesh as mesh_lib
+from w2s_jax.data import packing
+from w2s_jax.errors import UserError
+
+# XLA gives a CPU's matrix products to YNNPACK, whose forward ones took 25% longer than Eigen's (148 and 187 GFLOP/s on 2 AVX-512
+# cores, GPT-2's shapes); training gained nothing from the change, since Eigen is as much slower on the transposed ones.
+_OPTIONS = {"cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+
+_compiled: dict = {}
+
+
+def compiled(key, make: Callable, stats: dict | None = None):
+    """The compiled program of `key`, made at its first use in this process.
+
+    `stats["programs"]` collects the keys that a run used, `stats["compile_seconds"]` the time that it waited.
+    """
+    key = (key, jax.config.jax_default_matmul_precision)
+    if key not in _compiled:
+        start = time.perf_counter()
+        _compiled[key] = make()
+        if stats is not None:
+            stats["compile_seconds"] = stats.get("compile_seconds", 0.0) + time.perf_counter() - start
+    if stats is not None:
+        stats.setdefault("programs", set()).add(key)
+    return _compiled[key]
+
+
+def _compile(lowered):
+    """Compile a forward pass with the backend's `_OPTIONS`, or without where this version of jax does not know them."""
+    options = _OPTIONS.get(jax.default_backend())
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError:
+        if not options:
+            raise
+        return lowered.compile()
+
+
+def predict(model, params, tokens: Sequence[np.ndarray], mesh, *, tokens_per_batch: int, stats: dict | None = None,
+            progress=None) -> np.ndarray:
+    """Outputs for every document, float32 `[documents, classes]`, in the documents' order.
+
+    Documents are packed once for speed, in any order; a pass compiles one or two programs.
+    """
+    batches = packing.forward_batches(tokens, cells=mesh_lib.cells(mesh), embed=model.config.embed, tokens_per_batch=tokens_per_batch)
+    return forward(model, params, batches, len(tokens), mesh, stats=stats, progress=progress)
+
+
+def forward(model, params, batches: list[packing.EvalBatch], documents: int, mesh, *, stats=None, progress=None) -> np.ndarray:
+    """`predict` over batches that are packed already (evaluations every N steps pack once)."""
+    sharding = mesh_lib.batch_sharding(mesh)
+    out, waiting = None, []
+
+    def collect(keep: int):
+        nonlocal out
+        while len(waiting) > keep:
+            batch, logits = waiting.pop(0)
+            logits = np.asarray(logits)
+            if out is None:
+                out = np.full((documents, logits.shape[-1]), np.nan, np.float32)
+            real = batch.documents >= 0
+            out[batch.documents[real]] = logits[real]
+            if progress is not None:
+                progress.update(int(real.sum()), tokens=int((batch.arrays["segments"] > 0).sum()))
+
+    for batch in batches:
+        arrays = {k: jax.device_put(v, sharding) for k, v in batch.arrays.items()}
+        key = (model, mesh, "forward", batch.arrays["tokens"].shape, batch.arrays["documents"].shape)
+        call = compiled(key, lambda arrays=arrays: _compile(jax.jit(model.apply).lower(params, arrays)), stats)
+        waiting.append((batch, call(params, arrays)))
+        collect(keep=2)
+    collect(keep=0)
+    if out is None or np.isnan(out).any():
+        raise UserError("the model's outputs are not finite" if out is not None else "no document to label")
+    return out

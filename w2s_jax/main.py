@@ -1,0 +1,383 @@
+"""The one way in: flags, devices, then `stages.run`.
+
+    python -m w2s_jax.main --config=finetune --config.model=gpt2 --config.task=sciq --workdir=runs/gpt2
+    python -m w2s_jax.main --config=finetune --help
+    python -m w2s_jax.main status runs/sweep
+
+Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 a defect of the program (a traceback), 130 interrupted.
+Nothing heavy is imported before the flags and the config are known to be good.
+"""
+
+from __future__ import annotations
+
+import _thread
+import ast
+import hashlib
+import inspect
+import io
+import os
+import platform
+import re
+import signal
+import sys
+import textwrap
+import threading
+import tokenize
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from w2s_jax import checks
+from w2s_jax import config as configs
+from w2s_jax.errors import UserError, nearest
+
+USAGE = """\
+usage: w2s --config=NAME[:ARG] --workdir=DIR [--config.KEY=VALUE ...]     run a stage
+       w2s --config=NAME --help                                           the keys of a config
+       w2s status ROOT                                                    the runs under a directory"""
+FLAGS = {  # name: (kind, help)
+    "workdir": (str, "the run's directory; the root for a sweep and a report (local or gs://)"),
+    "rerun": (bool, "redo a run that is done"),
+    "dry_run": (bool, "sweep: print the graph of runs and stop"),
+    "distributed": (bool, "several processes: initialise jax.distributed"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line `argv` (without the program's name; None = sys.argv) and returns the exit code."""
+    try:
+        return _main(sys.argv[1:] if argv is None else list(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where the last checkpoint was saved", file=sys.stderr)
+        return 130
+
+
+def cli() -> None:
+    """The command `w2s`."""
+    _keep_ctrl_c()
+    sys.exit(main())
+
+
+def _keep_ctrl_c() -> None:
+    """No Ctrl-C gets lost or crashes: one that comes while an extension module loads, or where exceptions are dropped, is repeated soon.
+
+    jaxlib ends in a segmentation fault where its loading is interrupted, and jax has a callback of the garbage collector.
+    """
+    dropped = sys.unraisablehook
+
+    def later():
+        timer = threading.Timer(0.05, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
+
+    def handler(number, frame):
+        at = frame
+        while at is not None and not at.f_code.co_qualname.startswith("ExtensionFileLoader."):
+            at = at.f_back
+        if at is None:
+            signal.default_int_handler(number, frame)
+        later()
+
+    def hook(unraisable):
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            later()
+        else:
+            dropped(unraisable)
+
+    signal.signal(signal.SIGINT, handler)
+    sys.unraisablehook = hook
+
+
+def _main(argv: list[str]) -> int:
+    if argv and argv[0] == "status":
+        return status(argv[1:])
+    argv = _expand_flagfiles(argv)
+    wants_help = any(a in ("--help", "-help", "-h", "--helpfull", "--helpshort") for a in argv)
+    argv, spec = _take_config(argv)
+    if wants_help:
+        print(help_text(spec))
+        return 0
+    if spec is None:
+        raise UserError(f"--config: is missing; expected one of {', '.join(configs.names())}, or a file; see --help")
+    config, values = parse(argv, spec)
+    if not values["workdir"]:
+        raise UserError("--workdir: is missing; expected the directory that the run is written to")
+    if values["dry_run"] and config.get("stage") != "sweep":
+        raise UserError(f"--dry_run: is for the stage 'sweep', not for {config.get('stage')!r}")
+    workdir = _workdir(values["workdir"])
+    checks.check(config)
+
+    from w2s_jax import stages
+
+    options = {name: True for name in ("rerun", "dry_run") if values[name]} | stages.prepare(config)
+    if config.stage != "report":  # reads files only
+        setup_devices(values["distributed"])
+    stages.run(config, workdir, **options)
+    return 0
+
+
+def _workdir(text: str) -> str:
+    """`--workdir` with `~` resolved. UserError where a file stands in its way."""
+    if "://" in text:
+        configs.check_store("--workdir", text)
+        return text
+    path = Path(text).expanduser()
+    there = next((p for p in (path, *path.parents) if p.exists()), path)
+    if there.is_file():
+        raise UserError(f"--workdir={text}: {'is' if there == path else f'{there} is'} a file, expected a directory")
+    return str(path)
+
+
+# ---------------------------------------------------------------- flags
+
+
+def _expand_flagfiles(argv: list[str]) -> list[str]:
+    try:
+        return flags.FlagValues().read_flags_from_files(argv, force_gnu=True)
+    except flags.Error as error:
+        raise UserError(f"--flagfile: {error}") from error
+
+
+def _take_config(argv: list[str]) -> tuple[list[str], tuple[str, str | None] | None]:
+    """Splits `--config=NAME[:ARG]` off: the other arguments, and (NAME, ARG or None) or None."""
+    rest, found, position = [], [], 0
+    while position < len(argv):
+        word = argv[position]
+        if word in ("--config", "-config"):
+            position += 1
+            if position == len(argv):
+                raise UserError("--config: has no value")
+            found.append(argv[position])
+        elif re.match(r"--?config=", word):
+            found.append(word.split("=", 1)[1])
+        else:
+            rest.append(word)
+        position += 1
+    if len(found) > 1:
+        raise UserError(f"--config: is given {len(found)} times ({', '.join(found)}), expected once")
+    if not found:
+        return rest, None
+    name, colon, arg = found[0].partition(":")
+    if not name:
+        raise UserError(f"--config={found[0]}: is empty, expected one of {', '.join(configs.names())}, or a file")
+    return rest, (name, arg if colon else None)
+
+
+def parse(argv: list[str], spec: tuple[str, str | None]) -> tuple[ConfigDict, dict]:
+    """The config that the command line means, locked, and the values of the other flags.
+
+    absl and ml_collections parse; what they would answer with a traceback, or drop, becomes a UserError here.
+    """
+    config = configs.load(*spec)
+    known = configs.flatten(config)
+    argv = _join_tuples(argv, known)
+    overrides = [(i, m) for i, word in enumerate(argv) if (m := re.match(r"--?(no)?config\.([^=]+)(=(.*))?$", word, re.DOTALL))]
+    for index, match in overrides:
+        key = match[2]
+        bare = re.sub(r"\[.*", "", key)
+        if bare not in known and not isinstance(_get(config, bare), ConfigDict):
+            raise UserError(f"--config.{key}: is not a key of this config{nearest(key, known)}; --help lists them")
+        if isinstance(known.get(key), tuple) and match[3]:
+            argv[index] = f"--config.{key}={_tuple_text(match[4], known[key])}"
+
+    values = flags.FlagValues()
+    for name, (kind, text) in FLAGS.items():
+        if kind is bool:
+            flags.DEFINE_bool(name, False, text, flag_values=values)
+        else:
+            flags.DEFINE_string(name, None, text, flag_values=values)
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        rest = values(["w2s", *argv])[1:]
+        config = values["config"].value
+    except (flags.Error, ValueError, TypeError, LookupError, AttributeError, SyntaxError) as error:
+        raise UserError(_flag_message(error, configs.load(*spec))) from error
+    if rest:
+        raise UserError(f"{rest[0]!r}: positional arguments are not taken; expected --flag=value (see --help)")
+    return config, {name: values[name].value for name in FLAGS}
+
+
+def _get(config: ConfigDict, key: str):
+    for part in key.split("."):
+        if not isinstance(config, ConfigDict) or part not in config:
+            return None
+        config = config[part]
+    return config
+
+
+def _join_tuples(argv: list[str], known: dict) -> list[str]:
+    """A key that holds a tuple in one form, `--config.key=a,b`: also where it was given as `--config.key a,b`, or several times."""
+    joined, place, words = [], {}, iter(argv)
+    for word in words:
+        match = re.match(r"--?config\.([^=]+)(=(.*))?$", word, re.DOTALL)
+        if not match or not isinstance(known.get(match[1]), tuple):
+            joined.append(word)
+            continue
+        text = match[3] if match[2] else next(words, None)
+        if match[1] in place:
+            joined[place[match[1]]] += f",{text or ''}"
+        else:
+            place[match[1]] = len(joined)
+            joined.append(f"--config.{match[1]}" + ("" if text is None else f"={text}"))
+    return joined
+
+
+def _tuple_text(text: str, default: tuple) -> str:
+    """`a,b` as the tuple literal that ml_collections wants; texts that are literals already stay."""
+    if text.strip().startswith(("(", "[")):
+        return text
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    words = isinstance(default[0], str) if default else not all(re.fullmatch(r"[-+.\d][-+.\deE]*", item) for item in items)
+    return "(" + "".join(f"{item!r}," if words else f"{item}," for item in items) + ")"
+
+
+def _flag_message(error: Exception, config: ConfigDict) -> str:
+    """absl's message in the form "key, value, what was expected"."""
+    known = configs.flatten(config)
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    if isinstance(error, flags.UnrecognizedFlagError):
+        names = [*FLAGS, "config", *(f"config.{k}" for k in known)]
+        return f"--{error.flagname}: is not a flag{nearest(error.flagname, names)}; --help lists them"
+    if match := re.match(r"flag --(no)?config\.([^=]+)=(.*?): ", text):
+        if match[2] in known:
+            return f"--config.{match[2]}={match[3]}: expected {configs.describe(configs.key_type(config, match[2]))}"
+    elif (match := re.match(r"flag --(\w+)=(.*?): ", text)) and FLAGS.get(match[1], (None,))[0] is bool:
+        return f"--{match[1]}={match[2]}: expected true or false"
+    return text.replace("flag --", "--", 1)
+
+
+# ---------------------------------------------------------------- help
+
+
+def help_text(spec: tuple[str, str | None] | None) -> str:
+    """The usage, and the shipped configs (without a config) or every key of one with its value and comment."""
+    lines = [USAGE, "", "flags:", *_table([(f"--{name}", text) for name, (_, text) in FLAGS.items()])]
+    if spec is None:
+        described = [(name, _docstring(configs.find(name)).split("\n")[0]) for name in configs.names()]
+        return "\n".join([*lines, "", "configs (add --help to one to see its keys):", *_table(described)])
+    file, config = configs.find(spec[0]), configs.load(*spec)
+    own, headings = _comments(file)
+    sources = {"": config.get("stage")}  # a preset comments on what it changes, its stage on all keys; a sweep holds whole configs
+    sources |= {f"{key}.": config[key].stage for key in config if isinstance(config[key], ConfigDict) and "stage" in config[key]}
+    comments: dict[str, str] = {}
+    for prefix, stage in sources.items():
+        base = configs.folder() / f"{stage}.py"
+        if not base.is_file() or (not prefix and base.samefile(file)):
+            comments |= {k: v for k, v in own.items() if not k.startswith(tuple(sources)[1:])}
+            continue
+        more, heads = _comments(base)
+        comments |= {f"{prefix}{k}": own.get(f"{prefix}{k}") or v for k, v in more.items()}
+        headings = {f"{prefix}{k}": f"{prefix[:-1]}: {v}" if prefix else v for k, v in heads.items()} | headings
+    comments |= {k: v for k, v in own.items() if k not in comments}
+    lines += ["", textwrap.indent(_docstring(file), "  "), "", f"keys of {spec[0]}:"]
+    rows, flat = [], configs.flatten(config)
+    for key in [*(k for k in comments if k in flat), *(k for k in flat if k not in comments)]:
+        if key in headings:
+            lines += [*_table(rows), "", f"  {headings[key]}"]
+            rows = []
+        rows.append((f"--config.{key}={_shown(flat[key])}", comments.get(key, "")))
+    return "\n".join(lines + _table(rows))
+
+
+def _shown(value) -> str:
+    return "" if value is None else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _docstring(file: Path) -> str:
+    return inspect.cleandoc(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "")
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    lines = []
+    for left, right in rows:
+        wrapped = textwrap.wrap(right, 88) or [""]
+        if len(left) > 38:
+            lines.append(f"  {left}")
+            left = ""
+        lines += [f"  {left if i == 0 else '':<38}  {text}".rstrip() for i, text in enumerate(wrapped)]
+    return lines
+
+
+def _comments(file: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """From a config's source, in its order: key -> the comment beside its assignment, and key -> the heading above it."""
+    source = file.read_text(encoding="utf-8")
+    beside, alone = {}, {}  # line -> comment
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            place = alone if token.line.lstrip().startswith("#") else beside
+            place[token.start[0]] = token.string.lstrip("# ")
+    comments, headings, previous = {}, {}, 0
+    assignments = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)]
+    for node in sorted(assignments, key=lambda node: node.lineno):
+        for target in node.targets:
+            name = ast.unparse(target)
+            if re.fullmatch(r"\w+(\.\w+)+", name):
+                key = name.split(".", 1)[1]
+                comments.setdefault(key, beside.get(node.end_lineno) or beside.get(node.lineno) or "")
+                above = [alone[line] for line in range(previous + 1, node.lineno) if line in alone]
+                if len(above) == 1 and len(above[0]) < 40:
+                    headings[key] = above[0]
+        previous = node.lineno
+    return comments, headings
+
+
+# ---------------------------------------------------------------- devices and status
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept: keyed by the host's CPU, since a program compiled for another one may not run here."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        found = [line for line in text.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part"))]
+        cpu = "\n".join(sorted(set(found)))
+    except OSError:
+        cpu = platform.processor()
+    key = hashlib.sha256(f"{platform.machine()}\n{cpu}".encode()).hexdigest()[:10]
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "w2s_jax" / f"xla-{key}"
+
+
+def setup_devices(distributed: bool = False) -> None:
+    """Imports jax, turns the persistent compilation cache on and, where asked, joins the other processes."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = cache_folder()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"no compilation cache: {folder}: {error.strerror}", file=sys.stderr)
+        else:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if distributed:
+        try:
+            jax.distributed.initialize(initialization_timeout=60)
+        except (ValueError, RuntimeError) as error:  # no coordinator is named, or none answers
+            raise UserError(f"--distributed: {error}") from error
+
+
+def status(argv: list[str]) -> int:
+    """`w2s status ROOT`: a line per run under ROOT, and how many are done, running, stopped, failed and waiting."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise UserError(f"status: expected one directory, got {' '.join(argv) or 'none'}")
+    from w2s_jax import runlog
+
+    root = argv[0]
+    found = dict(runlog.runs(root))
+    for path in runlog.planned(root):
+        found.setdefault(path, "waiting")
+    for path, state in sorted(found.items(), key=lambda item: str(item[0])):
+        detail = f"  {runlog.read_json(path / 'error.json').get('error', '')}" if state == "failed" else ""
+        print(f"{state:8} {path}{' '.join(detail.splitlines())}")
+    counts = {state: list(found.values()).count(state) for state in ("done", "running", "stopped", "failed", "waiting")}
+    print(", ".join(f"{number} {state}" for state, number in counts.items() if number) or f"no runs under {root}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,56 @@
+"""The stages of an experiment, looked up by `config.stage` and imported when they run."""
+
+from __future__ import annotations
+
+import importlib
+
+from w2s_jax.errors import UserError, nearest
+
+STAGES = {name: f"w2s_jax.stages.{name}" for name in ("finetune", "label", "pretrain", "sweep", "report", "benchmark")}
+
+
+def run(config, workdir, **options) -> dict:
+    """Runs the stage that `config.stage` names and returns its results (what results.json holds).
+
+    Args:
+        config: a `ConfigDict` as `configs/<stage>.py` gives it.
+        workdir: the run's directory (a sweep's and a report's root), local or gs://.
+        **options: handed to the stage: `rerun` (redo a finished run), and what the stage takes besides (`dry_run` of a sweep).
+
+    Raises:
+        UserError: the config is wrong (see `w2s_jax.checks.check`), or what it names does not fit.
+    """
+    from w2s_jax.checks import check
+
+    name = config.get("stage")
+    if name not in STAGES:
+        raise UserError(f"config.stage: {name!r} is not a stage: expected one of {', '.join(STAGES)}{nearest(name, STAGES)}")
+    check(config)
+    return importlib.import_module(STAGES[name]).run(config, workdir, **options)
+
+
+def prepare(config) -> dict:
+    """Options for `run`: what can be read and checked of a stage's input before jax is imported (see `main.py`).
+
+    Raises:
+        UserError: documents, labels, a run to label with, or the lists of a sweep are not what the stage needs.
+    """
+    if config.stage == "finetune":
+        from w2s_jax.data import labels, splits
+
+        prepared = splits.prepare(config)
+        return {"prepared": prepared, "labels": labels.read(config.labels) if config.labels else None}
+    if config.stage == "label":
+        from w2s_jax import runlog
+
+        runlog.load_done(config.run, "finetune")
+    elif config.stage == "sweep":
+        from w2s_jax import graph
+
+        graph.check(config)
+    return {}
+
+
+def identity(config, planned: dict | None = None) -> dict:
+    """What a run of `config` would be (`config.identity`); `planned` = the runs that a sweep will make, by path."""
+    return importlib.import_module(STAGES[config.stage]).identity(config, planned)

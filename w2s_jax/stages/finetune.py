@@ -1,0 +1,160 @@
+"""Fine-tune a pretrained model on ground truth or on labels: weak supervisor, strong ceiling, strong student.
+
+Burns et al. 2023, section 3; openai/weak-to-strong `train_simple.py`. Writes the run directory that
+DESIGN.md describes: config.json, metrics.jsonl, checkpoints/, predictions/test.parquet, results.json.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from w2s_jax import config as config_lib
+from w2s_jax import forward, losses, metrics, optimizers, train, workload
+from w2s_jax import mesh as mesh_lib
+from w2s_jax.data import labels as labels_lib
+from w2s_jax.data import packing, splits
+from w2s_jax.data.examples import Examples
+from w2s_jax.errors import UserError
+from w2s_jax.progress import say
+from w2s_jax.runlog import Run
+
+
+def identity(config, planned: dict | None = None, task: str | None = None) -> dict:
+    """What the run is; `planned` = the runs that a sweep will make, `task` = its fingerprint where it is known."""
+    return config_lib.identity(config, {
+        "model": workload.fingerprint_model(config.model, config.revision, planned),
+        "task": task or workload.fingerprint_task(config, planned),
+        "labels": workload.fingerprint_labels(config.labels, planned)})
+
+
+def _training_examples(config, prepared, labels, folder, limits, vocab, notes) -> tuple[Examples, Examples | None, dict]:
+    """Training documents with the labels that are trained on, validation documents (None without), and what was dropped."""
+    dropped = dict(prepared.n_dropped)
+    parts = {}
+    for name, part, what in (("train", prepared.train, "training"), ("val", prepared.val, "validation")):
+        if len(part):
+            parts[name], counts = workload.tokenized(part, folder, limits, vocab, what, notes)
+            for key, n in counts.items():
+                dropped[key] = dropped.get(key, 0) + n
+    fit, val = parts["train"], parts.get("val")
+    if labels:
+        joined = splits.concat(*parts.values())
+        left_out = frozenset(prepared.train.ids + prepared.val.ids) - set(joined.ids)
+        fit = labels_lib.attach(joined, labels, left_out).select(range(len(fit)))
+    return fit, val, dropped
+
+
+def run(config, workdir, *, rerun: bool = False, prepared: splits.Prepared | None = None, labels: labels_lib.Labels | None = None,
+        **_) -> dict:
+    """Run the stage in `workdir` and return its results (those of results.json).
+
+    Args:
+      prepared, labels: the documents and the labels of `config`, where `stages.prepare` has read them already.
+
+    Raises:
+      UserError: bad input, found before anything is written; a non-finite loss.
+    """
+    start = time.perf_counter()
+    prepared = prepared or splits.prepare(config)
+    labels = labels or (labels_lib.read(config.labels) if config.labels else None)
+    ident = identity(config, task=prepared.fingerprint)
+    if (done := workload.finished(workdir, config, ident, rerun)) is not None:
+        return done
+    with workload.precision(config):
+        return _run(config, workdir, prepared, labels, ident, rerun, start)
+
+
+def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: float) -> dict:
+    notes = list(prepared.notes)  # said once the input is known to be good
+    loaded = workload.open_model(config, seed=config.seed)
+    model, mesh = loaded.model, loaded.mesh
+    if labels and labels.probs.shape[1] != model.classes:
+        raise UserError(f"labels: {labels.path} has {labels.probs.shape[1]} classes, expected {model.classes}")
+    limits = workload.Limits(config.max_length, model.config.max_positions, config.overlong)
+    fit, val, dropped = _training_examples(config, prepared, labels, loaded.folder, limits, model.config.vocab, notes)
+    test, test_counts = workload.tokenized(prepared.test, loaded.folder, limits, model.config.vocab, "test", notes)
+    for name, part, labelled in (("train", fit, not labels), ("test", test, True)):  # the over-long are gone now
+        splits.check_usable(part, name, config, labelled, f", max_length={config.max_length}")
+
+    batches = packing.batch_stream(len(fit), config.batch_size, config.epochs, config.shuffle, config.seed)
+    if not batches:
+        raise UserError(f"batch_size={config.batch_size}: {len(fit)} training documents x {config.epochs} epochs do not fill one batch; "
+                        f"expected at most {int(len(fit) * config.epochs)}")
+    if config.warmup_steps >= len(batches):
+        raise UserError(f"warmup_steps={config.warmup_steps}: expected fewer than the run's {len(batches)} steps")
+    truth = not config.labels
+    loss = losses.make(config.loss, config_lib.loss_args(config), ground_truth=truth, label_stats=losses.label_statistics(fit.soft_labels))
+    optimizer = optimizers.make(config.optimizer, config_lib.optimizer_args(config), weight_decay=config.weight_decay,
+                                grad_clip=config.grad_clip)
+    notes += [notice for notice in (loss.notice, optimizer.notice) if notice]
+    rates = optimizers.learning_rates(config.schedule, config.learning_rate, len(batches), config.warmup_steps)
+    corpus = train.Corpus(fit.tokens, fit.soft_labels, np.ones(len(fit), np.float32), fit.ids)
+    plan = train.make_plan(config, model, corpus, batches, mesh)
+    program = train.Program(model, loss, optimizer, mesh, config.train)
+    stats: dict = {}
+
+    with Run.open(workdir, config, ident, rerun=rerun) as run_:
+        run_.start({
+            "fingerprints": {"task": prepared.fingerprint}, "revision": loaded.folder.commit, "mesh": dict(mesh.shape),
+            "shapes": [[s.rows, s.time] for s in plan.shapes], "cells": plan.cells, "microbatches": plan.microbatches,
+            "steps": len(batches), "lesser_sharding": loaded.replicated, "parents": [config.labels] if config.labels else [],
+        })
+        for note in notes:
+            say(note)
+        say(f"{workload.shown(workdir)}: {workload.shown(config.model)} on {workload.shown(config.task)}, loss {config.loss}, "
+            f"{len(fit)} documents, {len(batches)} steps of {config.batch_size}, "
+            f"shapes {', '.join(f'{s.rows}x{s.time}' for s in plan.shapes)}, padding {plan.padding_fraction:.1%}")
+        evaluator = _Evaluator(config, model, mesh, {"val": val, "test": test}, stats)
+        params = train.train(config, program, loaded.params, corpus, plan, rates, run_, on_eval=evaluator,
+                             label=f"train {config.loss}", stats=stats)
+        results = evaluator.final(params, run_)
+        results |= {
+            "n_train": len(fit), "n_unused": int(len(fit) * config.epochs) - sum(len(b) for b in batches), "steps": len(batches),
+            "n_dropped": dropped, "n_dropped_test": test_counts, "padding_fraction": plan.padding_fraction,
+            "programs": len(stats.get("programs", ())), "compile_seconds": stats.get("compile_seconds", 0.0),
+            "seconds": time.perf_counter() - start,
+        }
+        train.finish_checkpoints(config, run_)
+        run_.finish(results)
+    say(f"{workload.shown(workdir)}: {workload.summary(results)}")
+    if warning := metrics.small_test_warning(results):
+        say(warning)
+    return results
+
+
+class _Evaluator:
+    """Evaluations of the validation and test documents; each set is packed once."""
+
+    def __init__(self, config, model, mesh, sets: dict, stats: dict):
+        self.config, self.model, self.mesh, self.stats = config, model, mesh, stats
+        self.sets = {k: v for k, v in sets.items() if v is not None and len(v)}
+        self.packed: dict = {}
+
+    def _logits(self, name: str, params) -> np.ndarray:
+        examples = self.sets[name]
+        if name not in self.packed:
+            self.packed[name] = packing.forward_batches(
+                examples.tokens, cells=mesh_lib.cells(self.mesh), embed=self.model.config.embed,
+                tokens_per_batch=workload.forward_tokens(self.config, examples.tokens, self.mesh))
+        return forward.forward(self.model, params, self.packed[name], len(examples), self.mesh, stats=self.stats)
+
+    def __call__(self, params) -> dict:
+        """Accuracy and AUROC of each set, for metrics.jsonl."""
+        row = {}
+        for name, examples in self.sets.items():
+            result = workload.evaluate(self._logits(name, params), examples)
+            row |= {f"{name}_{k}": result.get(k) for k in ("accuracy", "auroc")}
+        say(", ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
+        return row
+
+    def final(self, params, run_) -> dict:
+        """Predictions of every set on disk, and the results on the test documents."""
+        results = {}
+        for name, examples in self.sets.items():
+            logits = self._logits(name, params)
+            workload.write_predictions(run_, name, examples, logits)
+            scores = workload.evaluate(logits, examples)
+            results |= scores if name == "test" else {f"{name}_{k}": v for k, v in scores.items()}
+        return results

@@ -1,0 +1,123 @@
+"""Stage `report`: a sweep's runs as tables, plots and one page.
+
+Writes ROOT/report/{report.md, table.csv, by_seed.csv, agreement.csv, accuracy.*, auroc.*, pgr.*} and prints the tables.
+Nothing is kept between calls: a report is always made from the runs that are there.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from etils import epath
+
+from w2s_jax import comparison, plots, runlog, tables
+from w2s_jax.errors import UserError
+from w2s_jax.metrics import REPLICATES
+
+FEWEST = 40  # bootstrap draws of which one lies beyond each end of a 95% interval
+
+
+def run(config, workdir, *, rerun: bool = False, **options) -> dict:
+    """Makes the report of the sweep in `config.root` (or `workdir`), or of the runs `config.weak`, `.ceiling`, `.student`.
+
+    Returns rows, by_seed, agreement, medians, missing, warnings, notes (lists, as in `comparison.Comparison`), and
+    `report`, the folder written. `rerun` changes nothing. UserError where there is nothing to report.
+    """
+    del rerun, options
+    if config.replicates < FEWEST:
+        raise UserError(f"config.replicates={config.replicates}: expected at least {FEWEST}, for a 95% interval")
+    if config.seed < 0:
+        raise UserError(f"config.seed={config.seed}: expected 0 or more")
+    if config.into:
+        _around(config.into)
+    root = config.root or workdir
+    pairs = _own_runs(config)
+    if not root:
+        raise UserError("--workdir: is not set; a report needs the sweep's root")
+    found = _compare(root, pairs, config.seed, config.replicates)
+    folder = epath.Path(workdir or root).expanduser() / "report"
+    text = write(found, folder, title=f"Weak-to-strong report: {epath.Path(root).expanduser().name}", replicates=config.replicates)
+    print("\n\n".join(part for part in text.split("\n\n") if not part.startswith("![")), end="", flush=True)
+    runlog.say(f"written: {folder}")
+    if config.into:
+        before, after = _around(config.into)
+        runlog.write_text(epath.Path(config.into), f"{before}\n\n{tables.excerpt(found)}\n\n{after}")
+        runlog.say(f"written: {config.into}")
+    return {**vars(found), "report": os.fspath(folder)}
+
+
+BEGIN, END = "<!-- report -->", "<!-- end of report -->"
+
+
+def _around(file: str) -> tuple[str, str]:
+    """What stands before and after the place for tables in a text file, the marks included."""
+    path = epath.Path(file)
+    text = path.read_text() if path.exists() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"into={file}: expected a text file with one line {BEGIN} and, after it, one line {END}")
+    return text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END):]
+
+
+def table(root, by_seed: bool = False, seed: int = 0, replicates: int = REPLICATES):
+    """The report's table as a pandas DataFrame, one row a task, pair of models, loss and metric (and seed, if `by_seed`).
+
+    Columns: task, weak_model, strong_model, loss, metric (accuracy | auroc), seeds, n_test, n_groups, majority_baseline; weak,
+    student, ceiling, gap (ceiling - weak), gain (student - weak), pgr, each with `_lo` and `_hi`, the 95% interval; undefined
+    (share of bootstrap replicates without a positive gap), gap_clear.
+    """
+    return tables.frame(_compare(root, None, seed, replicates), by_seed)
+
+
+def write(found: comparison.Comparison, folder, *, title: str, replicates: int) -> str:
+    """Writes the files of a report into `folder` and returns the text of report.md, which is written last."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    images = {}
+    drawings = {m: [r for r in found.rows if r["metric"] == m] for m in tables.TITLES}
+    for name, rows in {**drawings, "pgr": found.rows}.items():
+        drawn = {} if not rows else plots.pgr(rows) if name == "pgr" else plots.quality(rows)
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)  # an older report's plot must not stand beside newer numbers
+            if drawn:
+                _write_bytes(folder / f"{name}.{kind}", drawn[kind])
+                images[name] = f"{name}.png"
+    runlog.write_text(folder / "table.csv", tables.frame(found).to_csv(index=False))
+    runlog.write_text(folder / "by_seed.csv", tables.frame(found, by_seed=True).to_csv(index=False))
+    runlog.write_text(folder / "agreement.csv", tables.agreement_frame(found).to_csv(index=False))
+    text = tables.report(found, title, images, replicates)
+    runlog.write_text(folder / "report.md", text)
+    return text
+
+
+def _compare(root, pairs, seed: int, replicates: int) -> comparison.Comparison:
+    root = epath.Path(root).expanduser()
+    if pairs is None:
+        pairs = comparison.read_pairs(root)
+    with runlog.Progress(len({p["task"] for p in pairs}), label="report", unit="task") as bar:
+        return comparison.compare(root, pairs, seed=seed, replicates=replicates, progress=lambda: bar.update(1))
+
+
+def _own_runs(config) -> list[dict] | None:
+    """The pair named by the keys weak, ceiling and student; None where none of them is set."""
+    given = {role: config[role] for role in ("weak", "ceiling", "student") if config[role]}
+    if not given:
+        if config.label:
+            raise UserError(f"label={config.label}: needs weak, ceiling and student beside it")
+        return None
+    if lacks := [role for role in ("weak", "ceiling", "student") if role not in given]:
+        raise UserError(f"{lacks[0]}: is not set, but {', '.join(given)} is; weak, ceiling and student go together")
+    return comparison.pair_of_runs(label=config.label, **given)
+
+
+def _write_bytes(path: epath.Path, content: bytes) -> None:
+    """As runlog.write_text: readers see the old file or the new one."""
+    if runlog.is_object_store(path):
+        path.write_bytes(content)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

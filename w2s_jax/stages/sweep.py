@@ -1,0 +1,85 @@
+"""Run a graph of runs in this process: pretraining, ground truth, labels, students, then the report.
+
+Every run is a directory of its own and is made once; what is done is skipped, so a sweep that was killed goes on.
+Compiled programs are shared between runs of equal shapes.
+"""
+
+from __future__ import annotations
+
+from etils import epath
+
+from w2s_jax import config as config_lib
+from w2s_jax import graph as graph_lib
+from w2s_jax import runlog, stages, workload
+from w2s_jax.errors import UserError
+from w2s_jax.files import write_json
+from w2s_jax.progress import Progress, say
+
+
+def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> dict:
+    """Make every run of the sweep that is not there yet, then the report.
+
+    Args:
+      workdir: the sweep's root.
+      rerun: redo the runs that are done.
+      dry_run: print the graph and stop.
+
+    Returns:
+      `{"runs": {name: state}, "pairs": [...]}`, and the report's results under `report`.
+
+    Raises:
+      UserError: a config that does not fit together; runs that failed, after all others were made.
+    """
+    root = epath.Path(workdir).expanduser()
+    graph = graph_lib.build(config, root, stages.identity)
+    states = {name: runlog.state(root / name) for name in graph.nodes}
+    say(f"{root}: {len(graph.nodes)} runs, {sum(s == 'done' for s in states.values())} of them done; "
+        f"checkpoints will take about {_disk(graph, root) / 1e6:,.0f} MB")
+    if dry_run:
+        print("\n".join(_table(graph, states)))
+        return {"runs": states, "pairs": graph.pairs}
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(root / "sweep.json", {"config": config, "pairs": graph.pairs, "runs": list(graph.nodes)})
+
+    failed: dict[str, str] = {}
+    with Progress(len(graph.nodes), label="sweep", unit="run") as progress:
+        for name, node in graph.nodes.items():
+            progress.update(0, run=name)
+            if broken := [p for p in node.parents if p in failed]:
+                failed[name] = f"needs {broken[0]}, which failed"
+            elif states[name] != "done" or rerun:
+                try:
+                    stages.run(node.config, str(root / name), rerun=rerun)
+                except UserError as error:  # one run's failure leaves the others of a sweep their chance
+                    failed[name] = str(error)
+                    say(f"{name}: {error}")
+            states[name] = "failed" if name in failed else "done"
+            progress.update(1)
+    results = {"runs": states, "pairs": graph.pairs}
+    students = [pair["runs"].values() for pair in graph.pairs]
+    if config.report and any(all(states[run_] == "done" for run_ in runs) for runs in students):
+        report = config_lib.shipped("report")
+        report.root = str(root)
+        results["report"] = stages.run(report, str(root))
+    if failed:
+        first = next(iter(failed))
+        raise UserError(f"{root}: {len(failed)} of {len(graph.nodes)} runs failed, the first {first}: {failed[first]}")
+    return results
+
+
+def _table(graph: graph_lib.Graph, states: dict) -> list[str]:
+    """One line a run: state, directory, and what it reads."""
+    return [f"{states[name]:8} {name}" + (f"  <- {', '.join(node.parents)}" if node.parents else "") for name, node in graph.nodes.items()]
+
+
+def _disk(graph: graph_lib.Graph, root) -> float:
+    """Bytes that the checkpoints of a sweep's runs will hold, from the sizes of their models."""
+    total = 0.0
+    for node in graph.nodes.values():
+        if node.stage == "pretrain":
+            total += workload.arch_bytes(node.config)
+        elif node.stage == "finetune" and node.config.keep != "none":
+            made = next((p for p in node.parents if str(root / p / "model") == node.config.model), None)
+            size = workload.arch_bytes(graph.nodes[made].config) if made else workload.model_bytes(node.config.model, node.config.revision)
+            total += size * (3 if node.config.keep == "all" else 1) if node.config.train == "full" else 0
+    return total

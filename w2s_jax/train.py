@@ -1,0 +1,360 @@
+"""The one trainer: weak supervisor, ceiling, student, head-only runs and language-model pretraining.
+
+A step takes d loss / d logits once over the whole batch, `[batch, classes]`, and pulls it back through
+each microbatch, so that a loss may use a quantile or a mean of the batch while memory is bounded
+(DESIGN.md, idea 1). Dispatch is asynchronous: metrics are read one dispatch late.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from w2s_jax import checkpoint as ckpt
+from w2s_jax import losses, optimizers
+from w2s_jax import mesh as mesh_lib
+from w2s_jax.data import packing
+from w2s_jax.errors import UserError
+from w2s_jax.forward import compiled
+from w2s_jax.progress import Progress, say
+
+PACKED = ("tokens", "segments", "positions", "documents", "last")
+TRAINED = {"full": "", "head": "head/"}  # what `config.train` trains: paths with this prefix
+
+
+def split_params(params: dict, train: str) -> tuple[dict, dict]:
+    """`(trainable, frozen)` nested dicts; empty branches are dropped."""
+    def keep(tree, prefix, wanted):
+        out = {}
+        for key, value in tree.items():
+            path = f"{prefix}{key}"
+            if isinstance(value, dict):
+                if inner := keep(value, path + "/", wanted):
+                    out[key] = inner
+            elif path.startswith(TRAINED[train]) == wanted:
+                out[key] = value
+        return out
+    return keep(params, "", True), keep(params, "", False)
+
+
+def merge_params(a: dict, b: dict) -> dict:
+    """One nested dict from two that share no leaf."""
+    out = dict(a)
+    for key, value in b.items():
+        out[key] = merge_params(out[key], value) if key in out else value
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What decides the code of a training step; equal programs share their compilations within a process."""
+
+    model: object
+    loss: losses.Loss
+    optimizer: optimizers.Optimizer
+    mesh: jax.sharding.Mesh
+    train: str = "full"
+
+    def shardings(self) -> dict:
+        """Shardings of `trainable`, `frozen` and `opt_state`."""
+        whole, _ = mesh_lib.param_shardings(self.mesh, self.model.abstract)
+        trainable, frozen = split_params(whole, self.train)
+        abstract, _ = split_params(self.model.abstract, self.train)
+        return {"trainable": trainable, "frozen": frozen, "opt_state": self.optimizer.state_shardings(abstract, trainable)}
+
+
+def _logits(program: Program, trainable, frozen, batch, key):
+    """Outputs of one microbatch, float32 `[cells * slots, classes]`."""
+    out = program.model.apply(merge_params(trainable, frozen), batch, key)
+    return out.reshape(-1, out.shape[-1])
+
+
+def _gradients(program: Program, trainable, frozen, loss_state, x, key):
+    """Loss, logits `[batch, classes]`, new loss state and gradients of one step.
+
+    `x["batch"]` has a leading axis of microbatches.
+    """
+    context = losses.Context(x["coefficient"], x["mask"], x["denominator"])
+    batch, labels = x["batch"], x["labels"]
+    microbatches = batch["tokens"].shape[0]
+    if microbatches == 1:
+        def objective(trainable):
+            flat = _logits(program, trainable, frozen, jax.tree.map(lambda a: a[0], batch), key)
+            logits = flat[x["where"]]
+            value, state = program.loss(logits, labels, context, loss_state)
+            return value, (logits, state)
+        (value, (logits, state)), grads = jax.value_and_grad(objective, has_aux=True)(trainable)
+        return value, logits, state, grads
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), trainable)
+    add = functools.partial(jax.tree.map, lambda a, g: a + g.astype(a.dtype))
+    if program.loss.per_document:  # one forward: a document's gradient does not depend on the others
+        def body(carry, part):
+            total, grads = carry
+            slot = part["documents"].reshape(-1)
+            inside = context._replace(mask=(slot >= 0).astype(jnp.float32))
+
+            def objective(trainable):
+                flat = _logits(program, trainable, frozen, part, key)
+                value, _ = program.loss(flat, labels[slot], inside, loss_state)
+                return value, flat
+            (value, flat), g = jax.value_and_grad(objective, has_aux=True)(trainable)
+            return (total + value, add(grads, g)), flat
+        (value, grads), flat = jax.lax.scan(body, (jnp.zeros(()), zeros), batch)
+        return value, flat.reshape(-1, flat.shape[-1])[x["where"]], loss_state, grads
+
+    # Two forwards: the loss sees the whole batch before any gradient is pulled back.
+    flat = jax.lax.map(lambda part: _logits(program, trainable, frozen, part, key), batch)
+    logits = flat.reshape(-1, flat.shape[-1])[x["where"]]
+    (value, state), pull = jax.value_and_grad(lambda z: program.loss(z, labels, context, loss_state), has_aux=True)(logits)
+
+    def body(grads, part):
+        slot = part["documents"].reshape(-1)
+        cotangent = jnp.where((slot >= 0)[:, None], pull[slot], 0.0)
+        _, vjp = jax.vjp(lambda t: _logits(program, t, frozen, part, key), trainable)
+        return add(grads, vjp(cotangent)[0]), None
+    grads, _ = jax.lax.scan(body, zeros, batch)
+    return value, logits, state, grads
+
+
+def step(program: Program, trainable, opt_state, loss_state, frozen, key, x):
+    """One update. Returns the new `(trainable, opt_state, loss_state)` and float32 `[loss, right answers]`."""
+    key = jax.random.fold_in(key, x["step"])
+    value, logits, loss_state, grads = _gradients(program, trainable, frozen, loss_state, x, key)
+    trainable, opt_state = program.optimizer.update(grads, opt_state, trainable, x["lr"])
+    right = (jnp.argmax(logits, -1) == jnp.argmax(x["labels"], -1)) * x["mask"]
+    return trainable, opt_state, loss_state, jnp.stack([value.astype(jnp.float32), right.sum()])
+
+
+def _dispatch(program: Program, trainable, opt_state, loss_state, frozen, key, n, xs):
+    """`n` steps (of the `[group]` that `xs` has room for) in one call of the device."""
+    group = xs["lr"].shape[0]
+    if group == 1:
+        *carry, metrics = step(program, trainable, opt_state, loss_state, frozen, key, jax.tree.map(lambda a: a[0], xs))
+        return (*carry, metrics[None])
+
+    def body(i, carry):
+        x = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), xs)
+        *state, metrics = step(program, *carry[:3], frozen, key, x)
+        return (*state, carry[3].at[i].set(metrics))
+    # A loop of dynamic length: the last, shorter group of a run needs no program of its own.
+    return jax.lax.fori_loop(0, n, body, (trainable, opt_state, loss_state, jnp.zeros((group, 2), jnp.float32)))
+
+
+def _run_dispatch(program: Program, stats: dict, *args):
+    signature = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(args[-1]))
+
+    def make():
+        s = program.shardings()
+        none = mesh_lib.replicated(program.mesh)
+        call = jax.jit(functools.partial(_dispatch, program), donate_argnums=(0, 1, 2),
+                       out_shardings=(s["trainable"], s["opt_state"], none, none))
+        return call.lower(*args).compile()
+    return compiled((program, signature), make, stats)(*args)
+
+
+# --------------------------------------------------------------------------- the run
+
+
+@dataclasses.dataclass
+class Corpus:
+    """What is trained on, by document.
+
+    Attributes:
+      tokens: token ids of each document.
+      labels: float32 `[documents, classes]` (predicted-token counts `[documents, 1]` for a language model).
+      weights: each document's share of the loss's denominator: ones, or its predicted tokens.
+      ids: names for messages.
+    """
+
+    tokens: list[np.ndarray]
+    labels: np.ndarray
+    weights: np.ndarray
+    ids: list[str]
+
+
+def steps_per_dispatch(config, model, tokens_per_step: float) -> int:
+    """`config.steps_per_dispatch`, or as many steps as make a call of the device worth its overhead."""
+    if config.steps_per_dispatch:
+        return config.steps_per_dispatch
+    weights = sum(int(np.prod(leaf.shape)) for path, leaf in mesh_lib.paths(model.abstract) if "embedding" not in path)
+    flops = 6.0 * weights * tokens_per_step
+    worth = 3e9 if jax.default_backend() == "cpu" else 2e12  # about 30 ms of work
+    return int(np.clip(worth // max(flops, 1.0), 1, 32))
+
+
+def dispatch_ranges(total: int, group: int, *cadences: int) -> list[range]:
+    """Consecutive steps that share a call: at most `group`, broken where a cadence (0 = none) falls due."""
+    stops = {total} | {s for c in cadences if c for s in range(c, total, c)}
+    out, start = [], 0
+    for stop in sorted(stops):
+        out += [range(s, min(s + group, stop)) for s in range(start, stop, group)]
+        start = stop
+    return out
+
+
+def make_plan(config, model, corpus: Corpus, batches: list[np.ndarray], mesh) -> packing.Plan:
+    """The packing plan of a run; execution keys change it, never its results beyond rounding."""
+    lengths = np.array([len(t) for t in corpus.tokens])
+    per_step = float(lengths.mean() * len(batches[0]))
+    group = steps_per_dispatch(config, model, per_step)
+    ranges = dispatch_ranges(len(batches), group, config.eval_every, config.checkpoint_every)
+    size = len(batches[0])
+    microbatches = -(-size // config.microbatch_size) if config.microbatch_size else 1
+    return packing.plan_training(lengths, batches, ranges, microbatches=microbatches, cells=mesh_lib.cells(mesh), embed=model.config.embed)
+
+
+def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: int, corpus: Corpus, rates, coefficients, mesh) -> dict:
+    """The arrays of one dispatch on the devices, with room for `group` steps."""
+    rows = []
+    for s in dispatch:
+        docs = plan.batches[s]
+        packed = packing.assemble(docs, corpus.tokens, plan, shape)
+        pad = plan.batch_size - len(docs)
+        rows.append({
+            "batch": {k: packed[k] for k in PACKED}, "where": packed["where"],
+            "labels": np.pad(corpus.labels[docs].astype(np.float32), ((0, pad), (0, 0))),
+            "mask": np.pad(np.ones(len(docs), np.float32), (0, pad)),
+            "denominator": np.float32(corpus.weights[docs].sum()),
+            "lr": np.float32(rates[s]), "coefficient": np.float32(coefficients[s]), "step": np.int32(s),
+        })
+    rows += [rows[-1]] * (group - len(rows))
+    stacked = jax.tree.map(lambda *a: np.stack(a), *rows)
+    packed = NamedSharding(mesh, P(None, None, mesh_lib.BATCH))
+    none = mesh_lib.replicated(mesh)
+    batch = {k: jax.device_put(v, packed) for k, v in stacked.pop("batch").items()}
+    return jax.device_put(stacked, none) | {"batch": batch}
+
+
+def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.Plan, rates: np.ndarray, run, *,
+          on_eval: Callable | None = None, label: str = "train", stats: dict | None = None) -> dict:
+    """Train, from the newest checkpoint of the run where there is one.
+
+    Args:
+      params: the whole nested dict of parameters, placed by the mesh's rules; the trained ones are donated.
+      rates: learning rate of each step, float64 `[steps]`.
+      run: an open `runlog.Run`.
+      on_eval: `on_eval(params) -> dict`, called every `config.eval_every` updates but not after the last; what it
+        returns joins the metrics of the next step, which are all from before that step's update.
+      stats: collects programs and seconds.
+
+    Returns:
+      The trained parameters, whole.
+
+    Raises:
+      UserError: the loss is not finite; names the step and the documents of its batch.
+    """
+    stats = {} if stats is None else stats
+    total = len(plan.batches)
+    mesh, loss = program.mesh, program.loss
+    shardings, none = program.shardings(), mesh_lib.replicated(mesh)
+    trainable, frozen = split_params(params, program.train)
+    checkpoints = ckpt.Checkpoints(run.path)
+    key = jax.device_put(jax.random.key_data(jax.random.key(config.seed)), none)
+    coefficients = [loss.coefficient(s, total) for s in range(total)]
+
+    opt_shapes = jax.eval_shape(program.optimizer.init, trainable)
+    state_shapes = jax.eval_shape(loss.init_state)
+    done = 0
+    for at in checkpoints.steps():  # the newest that can be read
+        want_opt = None
+        if at < total:
+            want_opt = {"optimizer": ckpt.abstract(opt_shapes, shardings["opt_state"]),
+                        "loss": jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=none), state_shapes)}
+        try:
+            restored, states = checkpoints.restore(at, ckpt.abstract(trainable, shardings["trainable"]), want_opt)
+        except UserError as error:
+            say(f"{error}; trying an older one")
+            continue
+        trainable, done = restored, at
+        break
+    if done == 0:
+        init = jax.jit(program.optimizer.init, out_shardings=shardings["opt_state"])
+        opt_state = compiled((program, "init"), lambda: init.lower(trainable).compile())(trainable)
+        loss_state = jax.device_put(loss.init_state(), none)
+    elif done < total:
+        opt_state, loss_state = states["optimizer"], states["loss"]
+        say(f"{label}: resumed at step {done} of {total}")
+    run.resume_metrics(done)
+
+    def save(finished: int, last: bool):
+        whole = not last or config.keep == "all"
+        run.flush()  # no line before a checkpoint's step may be missing
+        checkpoints.save(finished, params=trainable, opt_state={"optimizer": opt_state, "loss": loss_state} if whole else None,
+                         rng=key if whole else None, meta={"step": finished, "total_steps": total, "train": program.train})
+
+    # Another attempt may have stopped inside what is one dispatch now (steps_per_dispatch, checkpoint_every may change).
+    todo = [(range(max(d.start, done), d.stop), which) for d, which in zip(plan.dispatches, plan.shape_of) if d.stop > done]
+    # Programs that only an earlier attempt needed count too, so that a resumed run's results are the same.
+    stats.setdefault("programs", set()).update((program, plan.shapes[w]) for w in set(plan.shape_of) - {w for _, w in todo})
+    progress = Progress(total, start=done, label=label)
+    group = max(len(d) for d in plan.dispatches)
+    waiting: list[tuple] = []
+    evaluated: dict[int, dict] = {}
+    clock = time.perf_counter()
+
+    def collect(keep: int):
+        """Read the metrics of all but the newest `keep` dispatches."""
+        nonlocal clock
+        while len(waiting) > keep:
+            steps_, metrics, useful = waiting.pop(0)
+            metrics = np.asarray(metrics)[: len(steps_)]
+            now = time.perf_counter()
+            speed, clock = sum(useful) / max(now - clock, 1e-9), now
+            for s, (value, right) in zip(steps_, metrics):
+                if not np.isfinite(value):
+                    names = [corpus.ids[d] for d in plan.batches[s]]
+                    raise UserError(f"loss: {value} at step {s}, expected a finite number; documents of the batch ({len(names)}): "
+                                    f"{', '.join(names[:3])} ...; try a lower learning_rate, grad_clip, or another loss")
+                row = {"step": int(s), "progress": s / total, "loss": float(value)}
+                if corpus.labels.shape[1] > 1:
+                    row["train_accuracy"] = float(right / len(plan.batches[s]))
+                row |= {"lr": float(rates[s]), "tokens_per_second": round(float(speed), 1)}
+                row |= evaluated.pop(int(s), {})
+                if s % config.log_every == 0 or s == total - 1:
+                    run.metrics(row)
+            progress.update(len(steps_), tokens=sum(useful), loss=row["loss"], accuracy=row.get("train_accuracy"))
+
+    try:
+        for dispatch, which in todo:
+            if on_eval and config.eval_every and dispatch.start and dispatch.start % config.eval_every == 0:
+                collect(keep=0)
+                evaluated[dispatch.start] = on_eval(merge_params(trainable, frozen))
+                clock = time.perf_counter()
+            xs = _inputs(plan, dispatch, plan.shapes[which], group, corpus, rates, coefficients, mesh)
+            n = jax.device_put(np.int32(len(dispatch)), none)
+            trainable, opt_state, loss_state, metrics = _run_dispatch(
+                program, stats, trainable, opt_state, loss_state, frozen, key, n, xs)
+            waiting.append((dispatch, metrics, [sum(len(corpus.tokens[d]) for d in plan.batches[s]) for s in dispatch]))
+            collect(keep=1)
+            at = dispatch.stop
+            if config.checkpoint_every and at % config.checkpoint_every == 0 and at < total:
+                collect(keep=0)  # a state behind a non-finite loss is never saved
+                save(at, last=False)
+        collect(keep=0)
+        if done < total:
+            save(total, last=True)
+    finally:
+        progress.close()
+        checkpoints.close()
+    return merge_params(trainable, frozen)
+
+
+def finish_checkpoints(config, run) -> None:
+    """What `config.keep` leaves once predictions are written: the last step (params or everything), or nothing."""
+    checkpoints = ckpt.Checkpoints(run.path)
+    try:
+        if config.keep == "none":
+            checkpoints.clear()
+        elif steps := checkpoints.steps():
+            checkpoints.keep_only({steps[0]})
+    finally:
+        checkpoints.close()

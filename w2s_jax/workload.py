@@ -1,0 +1,276 @@
+"""What the language stages share: a model on its mesh, documents as tokens, fingerprints, predictions on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+from w2s_jax import checkpoint as ckpt
+from w2s_jax import config as config_lib
+from w2s_jax import forward, hub, metrics, models, runlog, train
+from w2s_jax import mesh as mesh_lib
+from w2s_jax.data import labels as labels_lib
+from w2s_jax.data import splits
+from w2s_jax.data.examples import Examples
+from w2s_jax.errors import UserError
+from w2s_jax.progress import Progress, say
+
+FORWARD_TOKENS = {"cpu": 8192}  # tokens of a forward pass on one device; others take _FORWARD_TOKENS
+_FORWARD_TOKENS = 65536
+
+
+# --------------------------------------------------------------------------- fingerprints
+
+
+def run_identity(path) -> str | None:
+    """The identity of the run in a folder, or None where the folder holds no run.
+
+    A run's identity stands for its content, since it decides it; so a sweep can name its runs before they exist.
+    """
+    file = epath.Path(path) / "config.json"
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+    except ValueError:
+        return None
+    return config_lib.identity_hash(record["identity"]) if isinstance(record, dict) and "identity" in record else None
+
+
+def fingerprint_run(path, planned: dict | None = None) -> str:
+    """`run:<identity>` of a run directory; `planned` maps paths to the runs that a sweep will make (`graph.Planned`)."""
+    if planned and str(path) in planned:
+        return f"run:{planned[str(path)].identity}"
+    found = run_identity(path)
+    if found is None:
+        raise UserError(f"run: {path} is not a run directory (no config.json with an identity)")
+    return f"run:{found}"
+
+
+def fingerprint_model(model: str, revision: str, planned: dict | None = None) -> str:
+    """What identifies a model's content: its pretraining run, its hub commit, or a hash of its files."""
+    parent = epath.Path(model).parent
+    if hub.is_local(model) and epath.Path(model).name == "model" and ((planned and str(parent) in planned) or run_identity(parent)):
+        return fingerprint_run(parent, planned) + "/model"
+    folder = hub.resolve(model, revision)
+    return f"hub:{model}@{folder.commit}" if folder.commit else f"sha256:{hub.fingerprint(folder)}"
+
+
+def model_bytes(model: str, revision: str) -> float:
+    """Size of a model's safetensors."""
+    return float(sum(f.stat().st_size for f in Path(hub.resolve(model, revision).path).glob("*.safetensors")))
+
+
+def arch_bytes(config) -> float:
+    """Size in float32 of the model that a pretrain config makes (12 width^2 a block; embeddings)."""
+    a = config.arch
+    return model_bytes(config.model, config.revision) if config.model else 4.0 * a.width * (12 * a.layers * a.width + a.context + 2000)
+
+
+def fingerprint_task(config, planned: dict | None = None) -> str:
+    """What identifies a task's content; a sweep, which passes `planned`, reads each task once."""
+    if planned is None:
+        return splits.fingerprint(config)
+    key = ("task", config.task, config.task_dir, config.task_revision, config.data_seed)
+    if key not in planned:
+        planned[key] = splits.fingerprint(config)
+    return planned[key]
+
+
+def fingerprint_labels(path, planned: dict | None = None) -> str:
+    """What identifies a set of labels: the run that made it, or the hash of a file."""
+    if not path:
+        return ""
+    if planned and str(path) in planned or epath.Path(path).is_dir():
+        return fingerprint_run(path, planned)
+    return f"labels:{labels_lib.read(path).fingerprint}"
+
+
+# --------------------------------------------------------------------------- documents
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When a document is too long: at `max_length` tokens or more under `drop` and `error`, above it under `truncate`;
+    always above the model's positions."""
+
+    max_length: int
+    positions: int
+    overlong: str
+
+    def fits(self, tokens: int) -> bool:
+        if self.overlong == "truncate":
+            return tokens <= self.cut
+        return tokens < self.max_length and tokens <= self.positions
+
+    @property
+    def cut(self) -> int:
+        return min(self.max_length, self.positions)
+
+
+def tokenized(examples: Examples, folder, limits: Limits, vocab: int, what: str, notes: list[str] | None = None) -> tuple[Examples, dict]:
+    """Examples with tokens, over-long and empty documents dealt with, and the counts `{"overlong", "truncated", "empty"}`.
+
+    Counts that are not 0 make a line, which joins `notes` where they are given, and is printed at once where not.
+
+    Raises:
+      UserError: an over-long document under `overlong=error`, a token id outside the vocabulary, or nothing left.
+    """
+    tokens = examples.tokens if examples.tokens is not None else hub.tokenize(folder, examples.texts)
+    for ident, ids in zip(examples.ids, tokens):
+        if len(ids) and (ids.max() >= vocab or ids.min() < 0):
+            bad = int(ids.max() if ids.max() >= vocab else ids.min())
+            raise UserError(f"task: document {ident} holds token id {bad}, expected ids from 0 to {vocab - 1} (the model's vocabulary)")
+    long = [i for i, ids in enumerate(tokens) if not limits.fits(len(ids))]
+    counts = {"overlong": 0, "truncated": 0, "empty": sum(len(ids) == 0 for ids in tokens)}
+    if long and limits.overlong == "error":
+        i = long[0]
+        raise UserError(f"overlong=error: document {examples.ids[i]} has {len(tokens[i])} tokens; max_length={limits.max_length}, "
+                        f"the model has {limits.positions} positions; expected shorter documents, or overlong=drop or truncate")
+    if limits.overlong == "truncate":
+        tokens = [ids[: limits.cut] for ids in tokens]
+        counts["truncated"] = len(long)
+    else:
+        counts["overlong"] = len(long)
+    keep = [i for i, ids in enumerate(tokens) if len(ids) and (limits.overlong == "truncate" or limits.fits(len(ids)))]
+    if not keep:
+        raise UserError(f"max_length={limits.max_length}: none of the {len(examples)} {what} documents fits; expected a larger max_length")
+    said = [f"{n} {k}" for k, n in counts.items() if n]
+    if said:
+        (say if notes is None else notes.append)(
+            f"{what}: of {len(examples)} documents {', '.join(said)} "
+            f"(max_length {limits.max_length}, positions {limits.positions}, overlong={limits.overlong})")
+    return examples.replace(tokens=[np.asarray(t, np.int32) for t in tokens]).select(keep), counts
+
+
+# --------------------------------------------------------------------------- models
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A model with its parameters on a mesh."""
+
+    model: models.Model
+    params: dict
+    mesh: jax.sharding.Mesh
+    folder: hub.Folder
+    replicated: list[str]  # parameters that fell back to a lesser sharding rule
+    step: int = 0  # of the checkpoint that they come from
+
+
+def precision(config):
+    """Context manager for `config.matmul_precision`."""
+    return jax.default_matmul_precision(None if config.matmul_precision == "default" else config.matmul_precision)
+
+
+def _build(config, head: str) -> tuple[models.Model, hub.Folder]:
+    folder = hub.resolve(config.model, config.revision)
+    return models.build(
+        models.read_config(folder), head=head, dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat,
+        attention=config.attention, dropout=float(config.get("dropout", 0.0)), readout=config.readout, head_init=config.head_init), folder
+
+
+def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
+    """Build and load `config.model` on `config.mesh`; `seed` initialises the head."""
+    model, folder = _build(config, head)
+    mesh = mesh_lib.make_mesh(config.mesh)
+    shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
+    params = models.load(folder, model, shardings, jax.random.key(seed))
+    return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [])
+
+
+def restore(source: runlog.LoadedRun, config=None) -> Loaded:
+    """The model of a trained run, from its newest checkpoint, on the mesh of `config` (default: the run's own config).
+
+    A checkpoint holds what was trained; the rest is read from the base model, whose content must be the same still.
+
+    Raises:
+      UserError: no checkpoint, or the base model changed.
+    """
+    config = source.config if config is None else config
+    trained = source.config
+    checkpoints = ckpt.Checkpoints(source.path, read_only=True)
+    try:
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"run={source.path}: has no checkpoint (keep={trained.get('keep')!r}); expected one with keep=params or all")
+        base = trained.copy_and_resolve_references()
+        if commit := source.record.get("revision"):
+            with base.unlocked():
+                base.revision = commit
+        model, folder = _build(config, "classifier")
+        mesh = mesh_lib.make_mesh(config.mesh)
+        shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
+        wanted, rest = train.split_params(model.abstract, trained.train)
+        params, _ = checkpoints.restore(steps[0], ckpt.abstract(wanted, train.split_params(shardings, trained.train)[0]))
+        if rest:
+            now, then = fingerprint_model(base.model, base.revision), source.record["identity"]["model"]
+            if now != then:
+                raise UserError(f"run={source.path}: its base model {base.model} is {now}, expected {then}: the files changed since")
+            whole = models.load(folder, model, shardings, jax.random.key(trained.seed))
+            params = train.merge_params(params, train.split_params(whole, trained.train)[1])
+    finally:
+        checkpoints.close()
+    return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [], steps[0])
+
+
+def forward_tokens(config, tokens: Sequence[np.ndarray], mesh) -> int:
+    """Tokens of a forward pass: from `eval_batch_size` documents, else by the kind of device."""
+    if config.eval_batch_size:
+        return max(int(config.eval_batch_size * float(np.mean([len(t) for t in tokens]))), max(len(t) for t in tokens))
+    return FORWARD_TOKENS.get(jax.default_backend(), _FORWARD_TOKENS) * mesh_lib.cells(mesh)
+
+
+def predict(config, model, params, examples: Examples, mesh, *, label: str, stats: dict) -> np.ndarray:
+    """Logits of every document, float32 `[documents, classes]`, with a progress bar."""
+    with Progress(len(examples), label=label, unit="doc") as progress:
+        return forward.predict(model, params, examples.tokens, mesh, tokens_per_batch=forward_tokens(config, examples.tokens, mesh),
+                               stats=stats, progress=progress)
+
+
+def evaluate(logits: np.ndarray, examples: Examples) -> dict:
+    """Accuracy, AUROC, intervals and baseline of the documents whose label is known; see `metrics.evaluate`."""
+    known = np.flatnonzero(examples.labels >= 0)
+    if not len(known):
+        return {}
+    return metrics.evaluate(logits[known], examples.labels[known], [examples.groups[i] for i in known])
+
+
+def write_predictions(run, split: str, examples: Examples, logits: np.ndarray) -> None:
+    """`predictions/<split>.parquet` of a run."""
+    folder = epath.Path(run.path) / "predictions"
+    folder.mkdir(parents=True, exist_ok=True)
+    labels_lib.write_predictions(folder / f"{split}.parquet", examples, logits)
+
+
+def shown(path) -> str:
+    """A run directory's or a model's name in a line of output: its last two parts, without a trailing `model`."""
+    parts = [p for p in str(path).rstrip("/").split("/") if p]
+    return "/".join((parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts)[-2:])
+
+
+def summary(results: dict) -> str:
+    """The line that a finished run prints."""
+    if "accuracy" not in results:
+        return f"{results.get('n_test', 0)} documents"
+    low, high = results["accuracy_ci"] or (float("nan"), float("nan"))
+    line = (f"accuracy {results['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {results['n_test']} documents "
+            f"(majority {results['majority_baseline']:.3f})")
+    return line + (f", AUROC {results['auroc']:.3f}" if results.get("auroc") is not None else "")
+
+
+def finished(workdir, config, ident: dict, rerun: bool) -> dict | None:
+    """The results of a run that is done already, so that nothing is loaded for it; a directory of another run is refused here."""
+    if not (epath.Path(workdir) / "config.json").exists():
+        return None
+    with runlog.Run.open(workdir, config, ident) as held:
+        if held.results is None or rerun:
+            return None
+        say(f"{shown(workdir)}: done already ({summary(held.results)}); --rerun redoes it")
+        return held.results
