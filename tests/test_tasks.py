@@ -257,6 +257,22 @@ def test_bad_files(tmp_path, name, raw, message):
     assert message in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_parquet_is_read_without_threads(tmp_path):
+    """A thread of Arrow's pools may abort the interpreter when it ends (files.parquet_table)."""
+    write(tmp_path / "train.parquet", ROWS)
+    code = (
+        "import os, sys, pyarrow.parquet\n"
+        "from w2s_jax.data import sources\n"
+        "tasks = lambda: set(os.listdir('/proc/self/task'))\n"
+        "before = tasks()\n"
+        "source = sources.read_file(sys.argv[1])\n"
+        "sys.exit(len(source.rows) != 5 or bool(tasks() - before))\n"
+    )
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("no /proc")
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "train.parquet"], cwd=ROOT, check=False).returncode == 0
+
+
 def test_two_files_of_one_split_are_refused(tmp_path):
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / "train.csv.gz", ROWS)

@@ -1,4 +1,4 @@
-"""JSON as this project writes it, and files that are replaced as a whole."""
+"""JSON and parquet as this project reads and writes them, and files that are replaced as a whole."""
 
 from __future__ import annotations
 
@@ -77,3 +77,16 @@ def read_json(path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def parquet_table(raw: bytes):
+    """The `pyarrow.Table` of a parquet file's content.
+
+    On this thread alone (`pyarrow.parquet.read_table` starts others whatever it is asked): a pool thread of Arrow that still
+    holds a Python object when the interpreter ends aborts the process, whatever its exit code would have been
+    (apache/arrow#34314, #50482; seen in one of ten short processes on busy cores).
+    """
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(pa.BufferReader(raw), pre_buffer=False).read(use_threads=False)

@@ -27,7 +27,7 @@ from etils import epath
 
 from w2s_jax.claim import Claim, held
 from w2s_jax.errors import UserError
-from w2s_jax.files import dumps, is_object_store, plain, read_json, write_json, write_text
+from w2s_jax.files import dumps, is_object_store, parquet_table, plain, read_json, write_json, write_text
 from w2s_jax.logger import Logger
 from w2s_jax.progress import Progress, say
 
@@ -335,14 +335,11 @@ class LoadedRun:
 
     def predictions(self, split: str = "test"):
         """The table predictions/<split>.parquet as a pandas DataFrame."""
-        import pyarrow.parquet
-
         file = self.path / "predictions" / f"{split}.parquet"
         if not file.exists():
             found = sorted(p.stem for p in file.parent.iterdir()) if file.parent.is_dir() else []
             raise UserError(f"{file}: no such predictions; this run has {', '.join(found) or 'none'}")
-        with file.open("rb") as stream:
-            return pyarrow.parquet.read_table(stream).to_pandas()
+        return parquet_table(file.read_bytes()).to_pandas(use_threads=False)
 
 
 def load(run_dir) -> LoadedRun:

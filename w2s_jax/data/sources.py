@@ -13,6 +13,7 @@ import zlib
 
 import numpy as np
 
+from w2s_jax import files
 from w2s_jax.data import tasks
 from w2s_jax.errors import UserError
 
@@ -149,10 +150,9 @@ def parse_csv(raw: bytes, name: str) -> list[dict]:
 
 def parse_parquet(raw: bytes, name: str) -> list[dict]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(io.BytesIO(raw)).to_pylist()
+        return files.parquet_table(raw).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{name}: truncated or damaged parquet file ({error})") from error
 
