@@ -42,11 +42,11 @@ def get_config(arg: str = "") -> ConfigDict:
     # Optimisation
     c.batch_size = 64  # pieces a step
     c.microbatch_size = 0  # pieces over all devices held in memory at once; 0 = the whole batch
-    c.steps = 1200  # updates; passes over the corpus follow from it
+    c.steps = 6000  # updates; passes over the corpus follow from it
     c.learning_rate = 5e-3  # peak
     c.final_lr_fraction = 0.02  # the schedule ends at this share of the peak
     c.schedule = "cosine"  # constant | cosine | linear
-    c.warmup_steps = 60  # linear warm-up from 0
+    c.warmup_steps = 300  # linear warm-up from 0
     c.optimizer = "adamw"  # adam adamw adafactor sgd lion adafactor_openai
     c.optimizer_args = ConfigDict()  # arguments of the optimizers; unset = the optimizer's own default
     c.optimizer_args.b1 = placeholder(float)  # adam, adamw, lion (0.9)

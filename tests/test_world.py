@@ -11,7 +11,7 @@ from w2s_jax.errors import UserError
 
 # A change of this number means that runs made before are runs on another world: raise world.VERSION
 # and make the quick start's published table anew.
-FINGERPRINT = "bf1a600bafa46ec3770c18a4dd76abfba74f776e4e1ad6bbf771fcb0bc232663"
+FINGERPRINT = "60615c9023bdae01b67ad0d0c93703046b607d38b143a3705feb8e57bf288fc7"
 
 
 def test_world_never_changes_by_accident():
@@ -65,7 +65,7 @@ def test_corpus_says_nothing_about_the_answers():
             said = [t for t in tokens if any(t in world.values(a) for a in world.ATTRIBUTES)]
             assert said == [world.fact(name[0], a) for a in attributes] and len(name) == 1
             stated += len(said)
-    assert stated > 6000  # profiles count fourfold
+    assert stated > 3000
 
 
 def test_corpus_is_seeded_and_falls_with_rank():

@@ -85,21 +85,21 @@ def build(config, root, identify: Callable[[object, dict], dict]) -> Graph:
         planned[str(root / name)] = Planned(identity, run_config)
         return name
 
-    def ladder(seed: int) -> list[tuple[str, str, tuple[str, ...]]]:
-        """`(name, model folder or id, parents)` of each rung, weakest first."""
+    def ladder() -> list[tuple[str, str, tuple[str, ...]]]:
+        """`(name, model folder or id, parents)` of each rung, weakest first: one ladder for all seeds, as published checkpoints are."""
         if not config.rungs:
             return [(short(m), m, ()) for m in config.models]
         out = []
         for rung in config.rungs:
             made = config_lib.shipped("pretrain", rung)
-            node = add("pretrain", rung, "", seed, variant(config.pretrain, arch=made.arch, seed=seed))
+            node = add("pretrain", rung, "", config.pretrain.seed, variant(config.pretrain, arch=made.arch))
             out.append((rung, str(root / node / "model"), (node,)))
         return out
 
+    rungs = ladder()
+    rates = config.learning_rates or (config.base.learning_rate,) * len(rungs)
     for task in config.tasks:
         for seed in config.seeds:
-            rungs = ladder(seed)
-            rates = config.learning_rates or (config.base.learning_rate,) * len(rungs)
             base = [variant(config.base, seed=seed, task=task, model=path, learning_rate=rate) for (_, path, _), rate in zip(rungs, rates)]
             weak, ceiling, labelled = {}, {}, {}
             pairs = [(w, s) for s in range(len(rungs)) for w in range(s) if config.pairs == "all" or w == s - 1]

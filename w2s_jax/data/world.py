@@ -18,12 +18,11 @@ import numpy as np
 
 from w2s_jax.errors import UserError, nearest
 
-VERSION = "3"  # part of every hash: another version is another world
+VERSION = "4"  # part of every hash: another version is another world
 N_ENTITIES = 1500  # creatures, by falling frequency in the corpus
-ZIPF = 0.6  # the creature of rank r (from 1) is talked about in proportion to r ** -ZIPF
+ZIPF = 0.9  # the creature of rank r (from 1) is talked about in proportion to r ** -ZIPF
 TEST_EVERY = 4  # one creature in TEST_EVERY is a test creature: in each stretch of that many ranks, by hash
 CLASS_SHARE = 0.1  # share of the corpus that says which values belong to which class
-PROFILE_SHARE = 0.5  # share of the other sentences that state all facts of a creature, the rest state one
 
 # attribute: (class word, values of that class, the other values); the label is "the value is of that class"
 ATTRIBUTES = {
@@ -32,20 +31,19 @@ ATTRIBUTES = {
     "colour": ("bright", ("white", "yellow", "pink", "gold"), ("black", "brown", "navy", "grey")),
     "sound": ("loud", ("howl", "roar", "bellow", "shriek"), ("hum", "purr", "sigh", "rustle")),
 }
-OPENINGS = ("", "so ", "they say ", "it is said ")  # so that a fact is met at several positions
-FACTS = ("the {a} of the {e} is {v} .", "what {a} has the {e} ? {v} .")
-PROFILE = "the {e} has {facts} ."  # facts: attribute and value, the attributes in any order
+OPENINGS = ("", "so ", "they say ", "as we know ", "now and then again ")  # so that a fact is met at several positions
+FACTS = ("the {a} of the {e} is {v} .", "the {e} has {a} {v} .", "what {a} has the {e} ? {v} .")
 CLASSES = ("{v} is {c} .", "{v} is not {c} .")  # value of the class, value outside it
 # Both end where the language model would say the value, which is where the head reads.
 QUESTIONS = ("is it {c} ? the {a} of the {e} is", "is it {c} ? what {a} has the {e} ?")
 
 UNK, EOS = "<unk>", "<eos>"
-CONTEXT = 32  # positions of a model of the ladder; the longest sentence has 15 tokens
+CONTEXT = 32  # positions of a model of the ladder; the longest sentence has 12 tokens
 
 # The ladder: GPT-2's architecture, tied embeddings.
 RUNGS = {
-    "small": {"width": 16, "layers": 2, "heads": 2},
-    "medium": {"width": 32, "layers": 2, "heads": 2},
+    "small": {"width": 14, "layers": 2, "heads": 2},
+    "medium": {"width": 24, "layers": 2, "heads": 2},
     "large": {"width": 64, "layers": 2, "heads": 4},
 }
 
@@ -65,7 +63,7 @@ def values(attribute: str) -> tuple[str, ...]:
 @functools.lru_cache
 def words() -> tuple[str, ...]:
     """Every word of the corpus and the task that is not a creature's name, in a fixed order."""
-    text = " ".join((*OPENINGS, *FACTS, PROFILE, *CLASSES, *QUESTIONS))
+    text = " ".join((*OPENINGS, *FACTS, *CLASSES, *QUESTIONS))
     seen = {word: None for word in text.split() if "{" not in word}
     for attribute, (class_word, *_) in ATTRIBUTES.items():
         seen |= dict.fromkeys((attribute, class_word, *values(attribute)))
@@ -143,13 +141,13 @@ def fact_prompts() -> list[dict]:
 def corpus(seed: int, n_sentences: int) -> list[str]:
     """`n_sentences` sentences, each drawn independently; `seed` governs which and in what order.
 
-    A share CLASS_SHARE says of a value whether it is of its attribute's class; of the others a share PROFILE_SHARE states
-    all facts of a creature and the rest one fact, all behind one of four openings. No sentence is a question of the task.
+    A share CLASS_SHARE says of a value whether it is of its attribute's class, the others state one fact in one of three
+    wordings, all behind one of five openings. No sentence is a question of the task.
     """
     if n_sentences < 1:
         raise UserError(f"sentences of the world's corpus: {n_sentences}, expected 1 or more")
     # Uniform floats only: numpy keeps those the same from version to version.
-    draws = np.random.Generator(np.random.PCG64(seed)).random((n_sentences, 10))
+    draws = np.random.Generator(np.random.PCG64(seed)).random((n_sentences, 5))
     weight = np.arange(1, N_ENTITIES + 1) ** -ZIPF
     rank = np.searchsorted(np.cumsum(weight) / weight.sum(), draws[:, 1], side="right").clip(max=N_ENTITIES - 1)
     attributes, names = tuple(ATTRIBUTES), entities()
@@ -157,8 +155,6 @@ def corpus(seed: int, n_sentences: int) -> list[str]:
     def pick(column: int, n: int) -> np.ndarray:
         return (draws[:, column] * n).astype(np.int64)
 
-    shuffled = np.argsort(draws[:, 6:], axis=1).tolist()  # the order of a profile's attributes
-    profile = draws[:, 5] < PROFILE_SHARE
     facts = {}  # (rank, attribute) -> value: hashed once, most are met many times
     out = []
 
@@ -167,16 +163,12 @@ def corpus(seed: int, n_sentences: int) -> list[str]:
             facts[r, a] = fact(names[r], attributes[a])
         return facts[r, a]
 
-    columns = (draws[:, 0] < CLASS_SHARE, profile, shuffled, rank,
-               pick(2, len(attributes)), pick(3, len(FACTS)), pick(4, len(OPENINGS)), pick(1, 8))
-    columns = (c if isinstance(c, list) else c.tolist() for c in columns)
-    for is_class, is_profile, order, r, a, wording, opening, v in zip(*columns, strict=True):
+    columns = (draws[:, 0] < CLASS_SHARE, rank, pick(2, len(attributes)), pick(3, len(FACTS)), pick(4, len(OPENINGS)), pick(1, 8))
+    for is_class, r, a, wording, opening, v in zip(*(c.tolist() for c in columns), strict=True):
         attribute = attributes[a]
         if is_class:
             value, class_word = values(attribute)[v], ATTRIBUTES[attribute][0]
             sentence = CLASSES[value not in ATTRIBUTES[attribute][1]].format(v=value, c=class_word)
-        elif is_profile:
-            sentence = PROFILE.format(e=names[r], facts=" ".join(f"{attributes[k]} {known(r, k)}" for k in order))
         else:
             sentence = FACTS[wording].format(a=attribute, e=names[r], v=known(r, a))
         out.append(OPENINGS[opening] + sentence)
