@@ -352,6 +352,20 @@ def test_plain_lines_where_stderr_is_no_terminal(monkeypatch, capfd):
     assert 9 <= len(lines) <= 11 and lines[-1] == "train 100/100, loss 0.5, tokens/s 250, 1:44 passed"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_time_left_follows_the_weights(monkeypatch, capfd, terminal):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    if terminal:
+        monkeypatch.setattr(sys, "stderr", Terminal())
+    with Progress(3, label="sweep", unit="run", weights=[6.0, 0.0, 2.0]) as bar:
+        bar.update(0, run="long")
+        clock[0] = 60.0
+        bar.update(1)
+    text = sys.stderr.getvalue() if terminal else capfd.readouterr().err
+    assert "1/3" in text and "0:20 left" in text and "run long" in text
+
+
 def test_the_last_state_is_shown_when_it_ends_early(capfd):
     with pytest.raises(ValueError), Progress(100, start=40, label="train") as bar:
         bar.update(3, loss=0.25)

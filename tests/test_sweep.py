@@ -69,10 +69,11 @@ def test_every_run_is_there_once_and_ground_truth_is_shared(ladder, tiny_task, k
         assert runs["label"].parents == (pair["runs"]["weak"],) and runs["student"].parents == (pair["runs"]["label"],)
 
 
-@pytest.mark.parametrize("options", [{"losses": ("xent", "logconf"), "seeds": (0, 1)}, {"rungs": ("small", "medium", "large"), "seeds": (0, 1)}], ids=str)
-def test_names_say_what_a_run_is_and_parents_come_first(ladder, tiny_task, options):
-    config = sweep(() if "rungs" in options else ladder, ["world"] if "rungs" in options else [tiny_task], **options)
-    found, seen = build(config), set()
+@pytest.mark.parametrize("root", ["/nowhere", "runs/nowhere"])
+@pytest.mark.parametrize("options", [{"losses": ("xent", "logconf")}, {"rungs": ("small", "medium", "large")}], ids=str)
+def test_names_say_what_a_run_is_and_parents_come_first(ladder, tiny_task, options, root):
+    config = sweep(() if "rungs" in options else ladder, ["world"] if "rungs" in options else [tiny_task], seeds=(0, 1), **options)
+    found, seen = build(config, root), set()
     for name, node in found.nodes.items():
         task, directory = name.split("/")
         pattern = r"(finetune-\w+-\w+|label-\w+|pretrain-\w+)-s\d-[0-9a-f]{10}"
@@ -85,8 +86,8 @@ def test_names_say_what_a_run_is_and_parents_come_first(ladder, tiny_task, optio
         assert len(pretrained) == 3  # one ladder for both seeds
         for node in found.nodes.values():
             if node.stage == "finetune":  # trained on a model that the sweep makes, so that must be there first
-                assert [p for p in node.parents if "/nowhere/" + p + "/model" == node.config.model]
-    assert list(build(config).nodes) == list(found.nodes)
+                assert [p for p in node.parents if f"{root}/{p}/model" == node.config.model]
+    assert list(build(config, root).nodes) == list(found.nodes)
 
 
 @pytest.mark.parametrize("keys, changed", [

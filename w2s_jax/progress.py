@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 
 def say(text: str) -> None:
@@ -26,10 +27,13 @@ class Progress:
         with Progress(steps, start=resumed_at, label="gpt2 on sciq") as progress:
             progress.update(1, loss=0.69, accuracy=0.5, tokens=4096)
 
-    `tokens` are counted and shown as a rate; every other value is shown as it is. Values may be left out.
+    `tokens` are counted and shown as a rate; every other value is shown as it is. Values may be left out. `weights`, one a
+    unit, say how long the units take compared with each other, where that differs; the time left then follows them.
     """
 
-    def __init__(self, total: int, start: int = 0, label: str = "", unit: str = "step", every: float = 10.0):
+    def __init__(self, total: int, start: int = 0, label: str = "", unit: str = "step", every: float = 10.0,
+                 weights: Sequence[float] | None = None):
+        self.weights = weights
         self.total, self.count, self.label, self.unit, self.every = int(total), int(start), label, unit, every
         self._begin = self._said = time.monotonic()
         self._first: tuple[float, int] | None = None  # time and count after the first update: compiling is no measure of speed
@@ -40,7 +44,9 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.total, initial=self.count, desc=label or None, unit=unit, dynamic_ncols=True, file=sys.stderr)
+            bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if weights else None  # tqdm knows no weights
+            self._bar = tqdm(total=self.total, initial=self.count, desc=label or None, unit=unit, dynamic_ncols=True, file=sys.stderr,
+                             bar_format=bar_format)
 
     def update(self, n: int = 1, **values) -> None:
         """`n` more are done; `values` are the newest."""
@@ -56,7 +62,8 @@ class Progress:
         self._values.update({k: v for k, v in values.items() if v is not None})
         self._dirty = True
         if self._bar is not None:
-            self._bar.set_postfix_str(self._text(), refresh=False)
+            left = self._left(now) if self.weights else ""
+            self._bar.set_postfix_str(", ".join(filter(None, (left, self._text()))), refresh=False)
             self._bar.update(n)
         elif now - self._said >= self.every or self.count >= self.total:
             self._line(now)
@@ -65,12 +72,23 @@ class Progress:
         names = {"tokens_per_second": "tokens/s", "accuracy": "acc"}
         return ", ".join(f"{names.get(k, k)} {_number(v)}" for k, v in self._values.items())
 
+    def _left(self, now: float) -> str:
+        """The time left, or nothing as long as it can't be told."""
+        if not self._first or self.count >= self.total:
+            return ""
+        start, at = self._first
+        if self.weights:
+            done, rest = sum(self.weights[at:self.count]), sum(self.weights[self.count:])
+        else:
+            done, rest = self.count - at, self.total - self.count
+        return f"{_clock((now - start) * rest / done)} left" if done else ""
+
     def _line(self, now: float) -> None:
         parts = [f"{self.label or self.unit} {self.count}/{self.total}"]
         if text := self._text():
             parts.append(text)
-        if self._first and self.count > self._first[1] and self.count < self.total:
-            parts.append(f"{_clock((now - self._first[0]) * (self.total - self.count) / (self.count - self._first[1]))} left")
+        if left := self._left(now):
+            parts.append(left)
         parts.append(f"{_clock(now - self._begin)} passed")
         print(", ".join(parts), file=sys.stderr, flush=True)
         self._said, self._dirty = now, False

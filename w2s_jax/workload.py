@@ -56,7 +56,8 @@ def fingerprint_run(path, planned: dict | None = None) -> str:
 def fingerprint_model(model: str, revision: str, planned: dict | None = None) -> str:
     """What identifies a model's content: its pretraining run, its hub commit, or a hash of its files."""
     parent = epath.Path(model).parent
-    if hub.is_local(model) and epath.Path(model).name == "model" and ((planned and str(parent) in planned) or run_identity(parent)):
+    made = (planned and str(parent) in planned) or (hub.is_local(model) and run_identity(parent))
+    if made and epath.Path(model).name == "model":
         return fingerprint_run(parent, planned) + "/model"
     folder = hub.resolve(model, revision)
     return f"hub:{model}@{folder.commit}" if folder.commit else f"sha256:{hub.fingerprint(folder)}"

@@ -42,7 +42,8 @@ def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> 
     write_json(root / "sweep.json", {"config": config, "pairs": graph.pairs, "runs": list(graph.nodes)})
 
     failed: dict[str, str] = {}
-    with Progress(len(graph.nodes), label="sweep", unit="run") as progress:
+    weights = [0.0 if states[name] == "done" and not rerun else _work(graph, root, node) for name, node in graph.nodes.items()]
+    with Progress(len(graph.nodes), label="sweep", unit="run", weights=weights) as progress:
         for name, node in graph.nodes.items():
             progress.update(0, run=name)
             if broken := [p for p in node.parents if p in failed]:
@@ -77,9 +78,29 @@ def _disk(graph: graph_lib.Graph, root) -> float:
     total = 0.0
     for node in graph.nodes.values():
         if node.stage == "pretrain":
-            total += workload.arch_bytes(node.config)
-        elif node.stage == "finetune" and node.config.keep != "none":
-            made = next((p for p in node.parents if str(root / p / "model") == node.config.model), None)
-            size = workload.arch_bytes(graph.nodes[made].config) if made else workload.model_bytes(node.config.model, node.config.revision)
-            total += size * (3 if node.config.keep == "all" else 1) if node.config.train == "full" else 0
+            total += _size(graph, root, node)
+        elif node.stage == "finetune" and node.config.keep != "none" and node.config.train == "full":
+            total += _size(graph, root, node) * (3 if node.config.keep == "all" else 1)
     return total
+
+
+def _size(graph: graph_lib.Graph, root, node: graph_lib.Node) -> float:
+    """Bytes of a run's model: one that the sweep pretrains, or one that is there."""
+    if node.stage == "pretrain":
+        return workload.arch_bytes(node.config)
+    if node.stage == "label":
+        return _size(graph, root, graph.nodes[node.parents[0]])
+    made = next((p for p in node.parents if str(root / p / "model") == node.config.model), None)
+    return _size(graph, root, graph.nodes[made]) if made else workload.model_bytes(node.config.model, node.config.revision)
+
+
+def _work(graph: graph_lib.Graph, root, node: graph_lib.Node) -> float:
+    """How long a run takes compared with the others, roughly: bytes of the model times places for tokens, three for each trained on."""
+    if node.stage == "label":
+        trained = graph.nodes[node.parents[0]].config
+        places = trained.max_length * trained.n_train / 2
+    elif node.stage == "pretrain":
+        places = 3 * node.config.max_length * node.config.steps * node.config.batch_size
+    else:
+        places = node.config.max_length * (3 * node.config.epochs * node.config.n_train / 2 + node.config.n_test)
+    return places * _size(graph, root, node)
