@@ -126,6 +126,23 @@ def test_by_the_command_line_and_only_once(weak, tmp_path, monkeypatch):
     assert (tmp_path / "labels/predictions/b.parquet").stat().st_mtime_ns == before
 
 
+def test_the_whole_experiment_run_by_run_in_relative_directories(tiny_model, tiny_task, tmp_path, monkeypatch):
+    """README's commands, as a user types them."""
+    monkeypatch.chdir(tmp_path)
+    finetune = ["--config=finetune", f"--config.model={tiny_model}", f"--config.task={tiny_task}", "--config.batch_size=8",
+                "--config.max_length=64", "--config.epochs=1", "--config.checkpoint_every=3", "--config.mesh.data=1"]
+    for argv in (
+        [*finetune, "--config.split=a", "--workdir=runs/weak"],
+        ["--config=label", "--config.run=runs/weak", "--config.mesh.data=1", "--workdir=runs/weak-labels"],
+        [*finetune, "--config.split=b", "--config.labels=runs/weak-labels", "--config.loss=logconf", "--workdir=runs/student"],
+        [*finetune, "--config.split=b", "--workdir=runs/ceiling"],
+        ["--config=report", "--config.weak=runs/weak", "--config.ceiling=runs/ceiling", "--config.student=runs/student",
+         "--config.label=runs/weak-labels", "--workdir=runs/report"],
+    ):
+        assert main.main(argv) == 0, argv
+    assert (tmp_path / "runs/report/report/report.md").is_file()
+
+
 # --------------------------------------------------------------------------- what cannot label
 
 

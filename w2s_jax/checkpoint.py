@@ -11,12 +11,14 @@ import contextlib
 import logging
 import signal
 import threading
+from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from w2s_jax.errors import UserError
+from w2s_jax.files import is_object_store
 
 FOLDER = "checkpoints"
 
@@ -49,7 +51,8 @@ class Checkpoints:
 
     def __init__(self, workdir, keep: int = 2, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save at INFO and WARNING
-        self._folder = epath.Path(workdir) / FOLDER
+        folder = epath.Path(workdir) / FOLDER
+        self._folder = folder if is_object_store(folder) else epath.Path(Path(folder).absolute())  # Orbax refuses a relative one
         self._keep, self._read_only = keep, read_only
         self._manager = None
 
