@@ -185,10 +185,13 @@ def steps_per_dispatch(config, model, tokens_per_step: float) -> int:
     """`config.steps_per_dispatch`, or as many steps as make a call of the device worth its overhead."""
     if config.steps_per_dispatch:
         return config.steps_per_dispatch
-    weights = sum(int(np.prod(leaf.shape)) for path, leaf in mesh_lib.paths(model.abstract) if "embedding" not in path)
-    flops = 6.0 * weights * tokens_per_step
-    worth = 3e9 if jax.default_backend() == "cpu" else 2e12  # about 30 ms of work
-    return int(np.clip(worth // max(flops, 1.0), 1, 32))
+    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in mesh_lib.paths(model.abstract)}
+    weights = sum(size for path, size in sizes.items() if "embedding" not in path)
+    # What is worth a call, and what the update of one parameter costs (28 bytes to and from memory), both in FLOPs of matrix products.
+    worth, update = (1e9, 500.0) if jax.default_backend() == "cpu" else (2e12, 2000.0)
+    trained = TRAINED[config.get("train", "full")]  # a pretrain config has no such key
+    flops = 6.0 * weights * tokens_per_step + update * sum(size for path, size in sizes.items() if path.startswith(trained))
+    return int(np.clip(worth // flops, 1, 32))
 
 
 def dispatch_ranges(total: int, group: int, *cadences: int) -> list[range]:
