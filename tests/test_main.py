@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tiny
 
 from w2s_jax import checks, stages
 from w2s_jax import config as configs
@@ -252,14 +253,7 @@ FINGERPRINTS = {"model": "m", "task": "t", "labels": None}
 
 
 def changed(**keys):
-    c = configs.shipped("finetune")
-    for key, value in keys.items():
-        *parents, last = key.split("__")
-        node = c
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
-    return c
+    return tiny.set_keys(configs.shipped("finetune"), **keys)
 
 
 def hash_of(c, **fingerprints):

@@ -3,8 +3,8 @@
 What the quick start and the tests run on where there is no hub. Real pretraining on `corpus` gives
 a ladder of tiny models (`RUNGS`) that know more of the facts the larger they are, since most facts
 are stated rarely; the task "world" asks a yes/no question whose answer follows from a fact, in words that
-the corpus never uses about a creature. No answer stands in the corpus: a model answers as well
-as it knows the facts, and what fine-tuning teaches is only how to say so. Facts, names and splits come
+the corpus never uses about a creature. No answer stands in the corpus: what fine-tuning can teach
+is only how to say what is known. Small models also confuse some values, however well known the creature. Facts, names and splits come
 from hashes, not from a random generator: the world is the same everywhere and for every seed.
 """
 
