@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.remat = "none"  # rematerialisation: none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
     c.train = "full"  # what is trained: full | head
     c.head_init = "zeros"  # zeros | normal (0.02)
-    c.readout = "last"  # the hidden state that the head reads: last (the last real token) | mean
+    c.readout = "auto"  # what the head reads: auto (a decoder's last token; as an encoder's own classifier) | last | mean | first
 
     # Data
     c.task = "sciq"  # a registered task, or a folder with train.* and test.* (jsonl, csv, parquet, .gz)

@@ -85,7 +85,7 @@ def test_specs_of_parameters(abstract, sizes, expected, fallen):
 
 def test_gpt2s_own_sizes_on_a_mesh_of_8():
     """50257 words and 12 heads: what divides is split, the vocabulary is not."""
-    sizes = tiny.config(vocab=50257, embed=768, layers=12, heads=12, mlp=3072, max_positions=1024)
+    sizes = tiny.config(vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_inner=3072, n_positions=1024)
     mesh = make_mesh(fsdp=2, model=4)
     shardings, fallen = mesh_lib.param_shardings(mesh, models.build(sizes, head="classifier").abstract)
     assert fallen == ["backbone/embed/tokens/embedding"]

@@ -28,7 +28,7 @@ def fast(fast_compiles):
 def ladder(tmp_path_factory):
     """Folders of three models, weakest first."""
     folder = tmp_path_factory.mktemp("ladder")
-    sizes = {"tiny": {"embed": 12, "mlp": 48}, "small": {"embed": 24, "mlp": 96}, "large": {}}
+    sizes = {"tiny": {"n_embd": 12, "n_inner": 48}, "small": {"n_embd": 24, "n_inner": 96}, "large": {}}
     return [str(tiny.write_model(folder / name, seed=i, **size)) for i, (name, size) in enumerate(sizes.items())]
 
 
@@ -237,7 +237,7 @@ def test_a_run_that_fails_does_not_stop_the_others(broken, failing, ladder, tiny
     """A model with a NaN in its weights cannot be trained."""
     models = list(ladder[:2])
     which = ["weak", "student"].index(broken)
-    bad = tiny.write_model(tmp_path / f"bad{which}", embed=12, mlp=48)
+    bad = tiny.write_model(tmp_path / f"bad{which}", n_embd=12, n_inner=48)
     tensors = load_file(bad / "model.safetensors")
     tensors["transformer.ln_f.weight"] = tensors["transformer.ln_f.weight"] * np.nan
     save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})

@@ -16,8 +16,9 @@ from w2s_jax import models
 from w2s_jax.errors import UserError
 from w2s_jax.models import weights
 
-CONFIG = models.DecoderConfig(family="gpt2", vocab=96, embed=32, layers=4, heads=4, mlp=80, max_positions=24, activation="gelu_new",
-                              norm_eps=1e-5, scale_attention=True, scale_by_layer=False, tied=True, init_std=0.3)
+RAW = {"model_type": "gpt2", "vocab_size": 96, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_inner": 80, "n_positions": 24,
+       "initializer_range": 0.3}
+CONFIG = models.parse(RAW, "raw")
 
 
 def lm(**options):
@@ -38,7 +39,7 @@ def params():
 
 @pytest.fixture
 def folder(tmp_path, params):
-    models.save(tmp_path / "model", params, CONFIG)
+    models.save(tmp_path / "model", params, RAW)
     return tmp_path / "model"
 
 
@@ -194,10 +195,11 @@ def test_transformers_reads_what_is_saved(tmp_path, param_dtype):
     torch = pytest.importorskip("torch")
     import transformers
 
-    config = models.DecoderConfig(**{**vars(CONFIG), "scale_by_layer": True, "norm_eps": 1e-3, "activation": "relu"})
+    raw = RAW | {"scale_attn_by_inverse_layer_idx": True, "layer_norm_epsilon": 1e-3, "activation_function": "relu"}
+    config = models.parse(raw, "raw")
     model = models.build(config, head="lm", param_dtype=param_dtype)
     params = model.init(jax.random.key(3))
-    models.save(tmp_path / "m", params, config)
+    models.save(tmp_path / "m", params, raw)
     net, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "m", output_loading_info=True, dtype=torch.float32)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     ids = np.random.default_rng(0).integers(0, 96, (1, 1, 20)).astype(np.int32)
@@ -216,7 +218,7 @@ def test_saving_replaces_the_folder_whole_and_copies_the_tokenizer(folder, param
         (tokenizer / name).write_text("from the tokenizer's folder")
     (folder / "left-over").write_text("")
     doubled = jax.tree.map(lambda p: 2 * p, params)
-    models.save(folder, doubled, CONFIG, tokenizer_files_from=tokenizer)
+    models.save(folder, doubled, RAW, tokenizer_files_from=tokenizer)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(p.name for p in folder.parent.iterdir()) == ["model", "tokenizer"]
     equal(models.load(folder, lm()), doubled)
@@ -228,14 +230,14 @@ def test_a_failed_save_leaves_the_old_folder(folder, params, monkeypatch):
 
     monkeypatch.setattr(weights, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        models.save(folder, jax.tree.map(jnp.zeros_like, params), CONFIG)
+        models.save(folder, jax.tree.map(jnp.zeros_like, params), RAW)
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
     equal(models.load(folder, lm()), params)
 
 
 def test_what_the_format_has_no_place_for_is_refused(tmp_path, params):
     for wrong in ({**params, "head": {"kernel": np.zeros((32, 2))}},
-                  {"backbone": {**params["backbone"], "lora": np.zeros(3)}}):
+                  {"backbone": {**params["backbone"], "lora": np.zeros(3, np.float32)}}):
         with pytest.raises(ValueError, match="head|lora"):
-            models.save(tmp_path / "m", wrong, CONFIG)
+            models.save(tmp_path / "m", wrong, RAW)
     assert not list(tmp_path.iterdir())

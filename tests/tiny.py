@@ -17,9 +17,9 @@ FAST = {  # XLA's options for fast_compiles
     "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False,
 }  # fmt: skip
 VOCAB = 151
-SIZES = {
-    "family": "gpt2", "vocab": VOCAB, "embed": 36, "layers": 2, "heads": 12, "mlp": 144, "max_positions": 64, "activation": "gelu_new",
-    "norm_eps": 1e-5, "scale_attention": True, "scale_by_layer": False, "tied": True, "init_std": 0.2,
+RAW = {
+    "model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 36, "n_layer": 2, "n_head": 12, "n_inner": 144, "n_positions": 64,
+    "initializer_range": 0.2,
 }  # fmt: skip
 
 
@@ -31,8 +31,9 @@ def fast_compiles(monkeypatch):
     return compile_
 
 
-def config(**changes) -> models.DecoderConfig:
-    return models.DecoderConfig(**SIZES | changes)
+def config(**changes) -> models.Architecture:
+    """The architecture; `changes` are keys of config.json."""
+    return models.parse(RAW | changes, "tiny")
 
 
 def random_params(abstract, seed: int = 0) -> dict:
@@ -47,8 +48,7 @@ def random_params(abstract, seed: int = 0) -> dict:
 
 def write_model(folder, seed: int = 0, **changes) -> Path:
     """A random language model in Hugging Face's format."""
-    sizes = config(**changes)
-    models.save(folder, random_params(models.build(sizes, head="lm").abstract, seed), sizes)
+    models.save(folder, random_params(models.build(config(**changes), head="lm").abstract, seed), RAW | changes)
     return Path(folder)
 
 

@@ -46,7 +46,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "remat": ("none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
     "train": ("full", "head"),
     "head_init": ("zeros", "normal"),
-    "readout": ("last", "mean"),
+    "readout": ("auto", "last", "mean", "first"),
     "split": ("a", "b", "train"),
     "group": ("auto", "none"),
     "overlong": ("drop", "truncate", "error"),

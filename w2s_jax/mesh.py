@@ -25,10 +25,11 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"embed/tokens/embedding$", (P("model", "fsdp"), P(None, ("fsdp", "model")), P(None, "fsdp"), P("model", None))),
     (r"embed/(positions|types)/embedding$", (P(None, "fsdp"),)),
     (r"attn/(qkv|q|k|v)/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
-    (r"mlp/(up|gate)/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
+    (r"mlp/(up|gate|gate_up)/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
     (r"(attn/out|mlp/down)/kernel$", (P("model", "fsdp"), P(None, "fsdp"), P("model", None))),
-    (r"(qkv|q|k|v|up|gate)/bias$", (P("model"),)),
+    (r"(qkv|q|k|v|up|gate|gate_up)/bias$", (P("model"),)),
     (r"lm_head/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
+    (r"pooler/dense/kernel$", (P("fsdp", None),)),
     (r"head/kernel$", (P("fsdp", None),)),
     (r"(scale|bias)$", (P(),)),
 )

@@ -1,4 +1,4 @@
-"""Models: a checkpoint's config.json -> `DecoderConfig` -> `Model`, whose parameters are a plain nested dict of arrays.
+"""Models: a checkpoint's config.json -> `Architecture` -> `Model`, whose parameters are a plain nested dict of arrays.
 
     config = read_config(folder)
     model = build(config, head="classifier")
@@ -10,64 +10,57 @@ A batch is a dict of int32 arrays: `tokens`, `segments` (0 = padding, else 1 + i
 the document's last token inside its cell), [cells, slots]. Models carry no sharding.
 """
 
-import json
-import os
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from w2s_jax.errors import UserError, nearest
-from w2s_jax.models import gpt2, heads, weights
-from w2s_jax.models.decoder import ATTENTION_IMPLEMENTATIONS, REMAT, Backbone, Compute, DecoderConfig
+from w2s_jax.models import attention as attention_lib
+from w2s_jax.models import heads, weights
+from w2s_jax.models.architecture import Architecture
+from w2s_jax.models.backbone import REMAT, Backbone
+from w2s_jax.models.families import FAMILIES, parse, read_config, read_raw
+from w2s_jax.models.layers import Compute, Linear
 from w2s_jax.models.weights import nest, paths
 
-__all__ = ["FAMILIES", "DecoderConfig", "Model", "build", "load", "nest", "paths", "read_config", "save"]
+__all__ = ["FAMILIES", "Architecture", "Model", "build", "load", "nest", "parse", "paths", "read_config", "read_raw", "save"]
 
-FAMILIES = {gpt2.MODEL_TYPE: gpt2}  # model_type in config.json -> module with read, write, NAMES, PREFIX, NOT_PARAMETERS
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def read_config(folder: str | os.PathLike) -> DecoderConfig:
-    """The architecture in `folder`/config.json. UserError: no such file, not JSON, a family or a value that is not supported."""
-    file = Path(folder) / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; a model folder needs config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(raw, dict) or "model_type" not in raw:
-        raise UserError(f"{file}: has no key model_type; expected one of {', '.join(FAMILIES)}")
-    family = raw["model_type"]
-    if family not in FAMILIES:
-        raise UserError(f"{file}: model_type={family!r} is not supported{nearest(family, FAMILIES)}; expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[family].read(raw, str(file))
-
-
 class _Network(nnx.Module):
-    """Backbone and, for a classifier, the head: the module whose state the params are."""
+    """The module whose state the params are: backbone, and what the head needs beside it."""
 
-    def __init__(self, config: DecoderConfig, compute: Compute, classes: int | None, head_init: str, key: jax.Array):
-        self.backbone = Backbone(config, compute, rngs=nnx.Rngs(params=jax.random.fold_in(key, 0)))
-        if classes is not None:
-            self.head = heads.Classifier(config.embed, classes, head_init, rngs=nnx.Rngs(params=jax.random.fold_in(key, 1)))
+    def __init__(self, config: Architecture, compute: Compute, classes: int | None, pooled: bool, head_init: str, key: jax.Array):
+        rngs = [nnx.Rngs(params=jax.random.fold_in(key, i)) for i in range(3)]
+        self.backbone = Backbone(config, compute, rngs=rngs[0])
+        if classes is None:
+            if not config.tied:
+                self.lm_head = Linear(config.embed, config.vocab, config.init_std, compute, bias=False, rngs=rngs[2])
+            return
+        pooler = heads.Pooler(config, compute, rngs=rngs[2]) if pooled else None
+        if config.pooler == "loaded" and pooled:
+            self.pooler = pooler
+        self.head = heads.Classifier(config.embed, classes, head_init, pooler=pooler if config.pooler == "fresh" else None, rngs=rngs[1])
 
 
 class Model:
     """A backbone and a head as pure functions of params; made by `build`, which gives equal arguments the same object.
 
-    `config`: the DecoderConfig. `head`: "classifier" | "lm". `classes`: outputs a document. `param_dtype`: numpy dtype of the
-    backbone's parameters. `abstract`: nested dict of jax.ShapeDtypeStruct with the structure of params.
+    `config`: the Architecture. `head`: "classifier" | "lm". `classes`: outputs a document. `readout`: last | first | mean, and
+    `pooled`: whether the family's own layer follows it. `param_dtype`: numpy dtype of the backbone's parameters. `abstract`:
+    nested dict of jax.ShapeDtypeStruct with the structure of params.
     """
 
-    def __init__(self, config: DecoderConfig, head: str, classes: int, compute: Compute, readout: str, head_init: str):
-        self.config, self.head, self.readout = config, head, readout
+    def __init__(self, config: Architecture, head: str, classes: int, compute: Compute, readout: str, head_init: str):
+        self.config, self.head = config, head
+        self.readout = config.readout if readout == "auto" else readout
+        self.pooled = head == "classifier" and readout == "auto" and bool(config.pooler)
         self.classes = classes if head == "classifier" else 1
         self.compute, self.param_dtype = compute, compute.param_dtype
-        self._make = lambda key: _Network(config, compute, classes if head == "classifier" else None, head_init, key)
+        self._make = lambda key: _Network(config, compute, classes if head == "classifier" else None, self.pooled, head_init, key)
         # One function for the model's life, so that each run after the first finds it compiled; the rest of init is dead code.
         self._init_head = jax.jit(lambda key: {k: v for k, v in self.init(key).items() if k == "head"})
         self._graph, state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))
@@ -78,7 +71,7 @@ class Model:
         return nnx.to_pure_dict(nnx.state(self._make(key)))
 
     def init_head(self, key: jax.Array) -> dict:
-        """Only the head's part of `init(key)`, {"kernel": [embed, classes]} (nothing for a language model)."""
+        """Only the head's part of `init(key)`, {"kernel": [embed, classes], ...} (nothing for a language model)."""
         return self._init_head(key).get("head", {})
 
     def _merge(self, params: dict) -> _Network:
@@ -102,12 +95,18 @@ class Model:
         """
         network = self._merge(params)
         x = self._states(network, batch, dropout_key)
-        norm = network.backbone.norm
+        norm = network.backbone.final_norm
         if self.head == "lm":
-            return heads.next_token_nll(norm(x), self._table(network), batch)
-        if self.readout == "last":  # the norm is per token: only the tokens that are read need it
-            return network.head(norm(heads.gather_last(x, batch["last"])))
-        return network.head(heads.mean_over_tokens(norm(x), batch["segments"], batch["documents"]))
+            return heads.next_token_nll(norm(x), self._table(network), batch, self.config.logit_cap)
+        if self.readout == "mean":
+            x = heads.mean_over_tokens(norm(x), batch["segments"], batch["documents"])
+        elif self.readout == "first":
+            x = norm(heads.gather_first(x, batch["last"], batch["positions"]))
+        else:
+            x = norm(heads.gather_last(x, batch["last"]))
+        if "pooler" in params:
+            x = network.pooler(x.astype(self.compute.dtype))
+        return network.head(x)
 
     def hidden(self, params: dict, batch: dict, all_layers: bool = False) -> jax.Array:
         """Hidden states after the final norm, [cells, rows, time, embed] in the compute type.
@@ -117,33 +116,45 @@ class Model:
         """
         network = self._merge(params)
         if not all_layers:
-            return network.backbone.norm(self._states(network, batch))
+            return network.backbone.final_norm(self._states(network, batch))
         x, inputs = self._states(network, batch, all_layers=True)
-        return jnp.concatenate([inputs, network.backbone.norm(x)[None]])
+        return jnp.concatenate([inputs, network.backbone.final_norm(x)[None]])
 
     def logits(self, params: dict, batch: dict) -> jax.Array:
         """The language model's logits, float32 [cells, rows, time, vocab] (large: for tests and small models)."""
         network = self._merge(params)
-        x = network.backbone.norm(self._states(network, batch))
-        return jnp.einsum("...e,ve->...v", x, self._table(network), preferred_element_type=jnp.float32)
+        x = network.backbone.final_norm(self._states(network, batch))
+        return heads.vocabulary_logits(x, self._table(network), self.config.logit_cap)
+
+    def next_tokens(self, params: dict, batch: dict) -> jax.Array:
+        """The likeliest token after each document, int32 [cells, slots]; empty slots hold ids of no meaning."""
+        network = self._merge(params)
+        x = network.backbone.final_norm(heads.gather_last(self._states(network, batch), batch["last"]))
+        return jnp.argmax(heads.vocabulary_logits(x, self._table(network), None), axis=-1)
 
     def _table(self, network: _Network) -> jax.Array:
-        return network.backbone.embed.tokens.embedding[...].astype(self.compute.dtype)
+        """[vocab, embed] in the compute type: the tied embedding, or the language model's own output matrix."""
+        table = network.backbone.embed.tokens.embedding[...] if self.config.tied else network.lm_head.kernel[...].T
+        return table.astype(self.compute.dtype)
 
 
 @cache
-def build(config: DecoderConfig, *, head: str, classes: int = 2, dtype: str = "float32", param_dtype: str = "float32",
-          remat: str = "none", attention: str = "auto", dropout: float = 0.0, readout: str = "last",
+def build(config: Architecture, *, head: str, classes: int = 2, dtype: str = "float32", param_dtype: str = "float32",
+          remat: str = "none", attention: str = "auto", dropout: float = 0.0, readout: str = "auto",
           head_init: str = "zeros") -> Model:
     """The Model for these arguments (the config's keys of the same names); equal arguments give the identical object."""
     choices = {"head": (head, ("classifier", "lm")), "dtype": (dtype, DTYPES), "param_dtype": (param_dtype, DTYPES),
-               "remat": (remat, REMAT), "attention": (attention, ATTENTION_IMPLEMENTATIONS), "readout": (readout, heads.READOUTS),
+               "remat": (remat, REMAT), "attention": (attention, attention_lib.IMPLEMENTATIONS), "readout": (readout, heads.READOUTS),
                "head_init": (head_init, heads.HEAD_INITS)}
     for key, (value, known) in choices.items():
         if value not in known:
             raise UserError(f"{key}={value!r} is not known{nearest(value, known)}; expected one of {', '.join(known)}")
     if not 0.0 <= dropout < 1.0:
         raise UserError(f"dropout={dropout!r}: expected a rate from 0 to below 1")
+    if head == "lm" and not config.causal:
+        raise UserError(f"{config.family} is an encoder and predicts no next token; expected a decoder")
+    if readout == "first" and config.causal:
+        raise UserError(f"readout='first': a decoder's first token sees nothing of a document but itself; expected auto, last or mean")
     compute = Compute(jnp.dtype(DTYPES[dtype]), jnp.dtype(DTYPES[param_dtype]), remat, attention, dropout)
     return Model(config, head, classes, compute, readout, head_init)
 
@@ -153,6 +164,7 @@ def load(folder, model: Model, shardings: dict | None = None, key: jax.Array | N
     return weights.load(folder, model, FAMILIES[model.config.family], shardings, key)
 
 
-def save(folder, params: dict, config: DecoderConfig, tokenizer_files_from=None) -> None:
-    """Write the backbone in Hugging Face's format; see w2s_jax.models.weights.save."""
-    weights.save(folder, params, config, FAMILIES[config.family], tokenizer_files_from)
+def save(folder, params: dict, raw: dict, tokenizer_files_from=None) -> None:
+    """Write a language model in Hugging Face's format; see w2s_jax.models.weights.save. `raw`: its config.json."""
+    config = parse(raw, "config.json")
+    weights.save(folder, params, raw, config, FAMILIES[raw["model_type"]], tokenizer_files_from)

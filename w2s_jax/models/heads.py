@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from w2s_jax.models.architecture import Architecture
+from w2s_jax.models.layers import ACTIVATIONS, Compute, Linear, Norm
+
 HEAD_INITS = ("zeros", "normal")
-READOUTS = ("last", "mean")
+READOUTS = ("auto", "last", "mean", "first")
 
 # Numbers of [tokens, vocabulary] logits held at once by the language model's loss (256 MB of float32).
 LOGITS_AT_ONCE = 2**26
@@ -26,6 +29,12 @@ def gather_last(x: jax.Array, last: jax.Array) -> jax.Array:
     return jax.vmap(lambda cell, index: cell[index])(x.reshape(cells, rows * time, embed), last)
 
 
+def gather_first(x: jax.Array, last: jax.Array, positions: jax.Array) -> jax.Array:
+    """[cells, rows, time, embed] -> [cells, slots, embed], each document's first token; `positions` [cells, rows, time]."""
+    cells = positions.shape[0]
+    return gather_last(x, last - jnp.take_along_axis(positions.reshape(cells, -1), last, axis=1))
+
+
 def mean_over_tokens(x: jax.Array, segments: jax.Array, documents: jax.Array) -> jax.Array:
     """[cells, rows, time, embed] -> float32 [cells, slots, embed], the mean over each document's tokens."""
     members = _members(segments, documents)
@@ -33,19 +42,41 @@ def mean_over_tokens(x: jax.Array, segments: jax.Array, documents: jax.Array) ->
     return total / jnp.maximum(members.sum((2, 3)), 1.0)[..., None]
 
 
-class Classifier(nnx.Module):
-    """Linear, no bias; weight, matmul and logits in float32 whatever the backbone's types."""
+class Pooler(nnx.Module):
+    """What an encoder's own classifier puts between a document's hidden state and its linear head: dense, activation, norm."""
 
-    def __init__(self, embed: int, classes: int, init: str, *, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, compute: Compute, *, rngs: nnx.Rngs):
+        self.dense = Linear(arch.embed, arch.embed, arch.init_std, compute, bias=arch.pooler_bias, rngs=rngs)
+        self.norm = Norm(arch.embed, arch.norm, arch.norm_eps, compute, bias=arch.norm_bias) if arch.pooler_norm else nnx.data(None)
+        self.activation = arch.pooler_activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = ACTIVATIONS[self.activation](self.dense(x))
+        return x if self.norm is None else self.norm(x)
+
+
+class Classifier(nnx.Module):
+    """Linear, no bias; weight, matmul and logits in float32 whatever the backbone's types. `pooler`: one that no checkpoint
+    holds, and that is trained from scratch with the head (RoBERTa's)."""
+
+    def __init__(self, embed: int, classes: int, init: str, *, pooler: Pooler | None = None, rngs: nnx.Rngs):
         std = {"zeros": 0.0, "normal": 0.02}[init]
         kernel = std * jax.random.normal(rngs.params(), (embed, classes), jnp.float32)
         self.kernel = nnx.Param(kernel)
+        self.pooler = nnx.data(None) if pooler is None else pooler
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = x if self.pooler is None else self.pooler(x)
         return jnp.matmul(x.astype(jnp.float32), self.kernel[...], precision="highest")
 
 
-def next_token_nll(x: jax.Array, table: jax.Array, batch: dict) -> jax.Array:
+def vocabulary_logits(x: jax.Array, table: jax.Array, cap: float | None) -> jax.Array:
+    """float32 [..., vocab] from hidden states after the final norm [..., embed] and `table` [vocab, embed]; capped at `cap`."""
+    logits = jnp.einsum("...e,ve->...v", x, table, preferred_element_type=jnp.float32)
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def next_token_nll(x: jax.Array, table: jax.Array, batch: dict, cap: float | None = None) -> jax.Array:
     """Sum of each document's next-token negative log-likelihoods in nats, float32 [cells, slots, 1].
 
     `x`: hidden states after the final norm [cells, rows, time, embed]; `table`: [vocab, embed] in x's type. A document's
@@ -58,7 +89,7 @@ def next_token_nll(x: jax.Array, table: jax.Array, batch: dict) -> jax.Array:
     predicted = (segments[:, :, 1:] == segments[:, :, :-1]) & (segments[:, :, 1:] > 0)
 
     def nll(x, targets):
-        logits = jnp.einsum("...e,ve->...v", x, table, preferred_element_type=jnp.float32)
+        logits = vocabulary_logits(x, table, cap)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 

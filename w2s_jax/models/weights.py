@@ -4,13 +4,18 @@ Every tensor of the checkpoint must be taken by a parameter (or be declared as n
 parameter filled by a tensor of its shape. The classification head, which no checkpoint has, is the only exception.
 """
 
+import functools
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -22,6 +27,8 @@ from w2s_jax.hub import TOKENIZER_FILES
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 READABLE = {"F32", "F16", "BF16"}
+AT_ONCE = 2**28  # bytes of a stack of layers that the host holds at a time while it reads or writes
+SHARD = 4 * 2**30  # bytes of a file that is written
 
 
 def paths(tree: dict, prefix: str = "") -> dict:
@@ -44,27 +51,35 @@ def nest(flat: dict) -> dict:
     return tree
 
 
-class Checkpoint:
-    """The tensors of a folder's safetensors by name, opened lazily (memory-mapped), sharded or not."""
+class _Tensor(NamedTuple):
+    file: Path
+    key: str  # its name in the file
+    shape: tuple[int, ...]
+    dtype: str
 
-    def __init__(self, folder: Path):
+
+class Checkpoint:
+    """The tensors of a folder's safetensors by name, sharded or not; files are mapped only while something is read."""
+
+    def __init__(self, folder: Path, renamed: tuple[tuple[str, str], ...] = ()):
         self.folder = folder
-        files = [SINGLE] if (folder / SINGLE).exists() else self._indexed()
-        self.tensors = {}  # name -> slice reader
-        self.where = {}  # name -> file
-        for name in files:
+        self.tensors: dict[str, _Tensor] = {}
+        self._opened: dict = {}
+        for name in [SINGLE] if (folder / SINGLE).exists() else self._indexed():
             file = folder / name
             if not file.exists():
                 raise UserError(f"{file}: no such file, although {folder / INDEX} names it")
             try:
                 opened = safe_open(file, "numpy")
-                readers = {tensor: opened.get_slice(tensor) for tensor in list(opened.keys())}
+                found = {key: opened.get_slice(key) for key in list(opened.keys())}
+                found = {key: _Tensor(file, key, tuple(s.get_shape()), s.get_dtype()) for key, s in found.items()}
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: truncated or not a safetensors file ({error})") from None
-            if twice := self.tensors.keys() & readers.keys():
-                raise UserError(f"{file}: tensor {min(twice)!r} stands in {self.where[min(twice)]} too")
-            self.tensors |= readers
-            self.where |= dict.fromkeys(readers, file)
+            for old, new in renamed:
+                found = {key[: -len(old)] + new if key.endswith(old) else key: t for key, t in found.items()}
+            if twice := self.tensors.keys() & found.keys():
+                raise UserError(f"{file}: tensor {min(twice)!r} stands in {self.tensors[min(twice)].file} too")
+            self.tensors |= found
 
     def _indexed(self) -> list[str]:
         file = self.folder / INDEX
@@ -80,24 +95,60 @@ class Checkpoint:
 
     def read(self, name: str, index: tuple = ()) -> np.ndarray:
         """One tensor, or the part of it that `index` (a tuple of slices with step 1) selects."""
+        tensor = self.tensors[name]
         try:
-            return self.tensors[name][index or (Ellipsis,)]
+            if tensor.file not in self._opened:
+                self._opened[tensor.file] = safe_open(tensor.file, "numpy")
+            return self._opened[tensor.file].get_slice(tensor.key)[index or (Ellipsis,)]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.where[name]}: cannot read tensor {name!r} ({error})") from None
+            raise UserError(f"{tensor.file}: cannot read tensor {name!r} ({error})") from None
+
+    def release(self) -> None:
+        """Unmap the files: their pages count as this process's memory while they are mapped."""
+        self._opened.clear()
 
 
-def names_of(config, family) -> dict[str, list[str] | str]:
-    """Path under "backbone/" -> name of its tensor, or the list of its layers' names; without the family's prefix."""
-    return {path: [name.format(i) for i in range(config.layers)] if "{}" in name else name for path, name in family.NAMES.items()}
+def names_of(abstract: dict, config, family, prefix: str) -> dict[str, list[str | None] | str]:
+    """Path of each parameter that a checkpoint holds -> name of its tensor, or the list of its layers' names.
+
+    `abstract`: flat params; a name is None where a layer has no such tensor (the norm before the first attention).
+    """
+    if unknown := [path for path in abstract if path not in family.names and not path.startswith("head/")]:
+        raise ValueError(f"{family.model_type}: parameters without a name in the checkpoint: {sorted(unknown)}")
+    names = {}
+    for path, name in family.names.items():
+        if path not in abstract:
+            continue
+        if "{i}" not in name:
+            names[path] = name.format(p=prefix)
+            continue
+        layers: list[str | None] = [name.format(p=prefix, i=i) for i in range(config.layers)]
+        if "/norm1/" in path and not config.first_norm:
+            layers[0] = None
+        names[path] = layers
+    return names
+
+
+def _each(names: dict):
+    """(path, layer or None, tensor name) of every tensor."""
+    for path, name in names.items():
+        if isinstance(name, str):
+            yield path, None, name
+        else:
+            yield from ((path, i, n) for i, n in enumerate(name) if n is not None)
+
+
+def _transposed(path: str, family) -> bool:
+    return family.transposed and path.endswith("kernel")
 
 
 def _differences(folder: Path, checkpoint: Checkpoint, wanted: dict[str, tuple], family) -> None:
     """UserError with both sides of the difference between the tensors there and those `wanted` (name -> shape)."""
     there = checkpoint.tensors
-    surplus = [n for n in there if n not in wanted and not family.NOT_PARAMETERS.fullmatch(n)]
+    surplus = [n for n in there if n not in wanted and not re.fullmatch(family.ignored, n)]
     missing = [n for n in wanted if n not in there]
-    shapes = [f"{n} {list(there[n].get_shape())} where config.json says {list(s)}" for n, s in wanted.items()
-              if n in there and tuple(there[n].get_shape()) != s]
+    shapes = [f"{n} {list(there[n].shape)} where config.json says {list(s)}" for n, s in wanted.items()
+              if n in there and there[n].shape != s]
     if surplus or missing or shapes:
         def some(title, items):
             return f"{len(items)} {title} ({', '.join(items[:4])}{', ...' if len(items) > 4 else ''})" if items else ""
@@ -105,90 +156,164 @@ def _differences(folder: Path, checkpoint: Checkpoint, wanted: dict[str, tuple],
         parts = [some("missing", missing), some("that nothing takes", surplus), some("of another shape", shapes)]
         raise UserError(f"{folder}: the tensors do not fit config.json: {'; '.join(p for p in parts if p)}")
     for name in wanted:
-        dtype = there[name].get_dtype()
-        if dtype not in READABLE:
-            raise UserError(f"{checkpoint.where[name]}: tensor {name!r} is {dtype}; expected one of {', '.join(sorted(READABLE))}")
+        if there[name].dtype not in READABLE:
+            raise UserError(f"{there[name].file}: tensor {name!r} is {there[name].dtype}; expected one of {', '.join(sorted(READABLE))}")
 
 
 def load(folder, model, family, shardings: dict | None, key) -> dict:
     """Params of `model` (a models.Model) from the safetensors in `folder`.
 
     `shardings`: nested dict of jax.sharding.Sharding like the params (default: one device); each device reads only its
-    slice. Tensors are cast to the model's parameter type, layers stacked as they are read. `key`: random key of the head's
-    initialisation (the head is what model.init(key) makes). UserError: missing, surplus or mis-shaped tensors (all of them
-    in one message), a type other than F32, F16, BF16, a file that cannot be read.
+    slice. Tensors are cast to the model's parameter type, layers stacked as they are read: the host holds one tensor, or
+    AT_ONCE bytes of layers, at a time. `key`: random key of the head's initialisation (the head is what model.init(key)
+    makes). UserError: missing, surplus or mis-shaped tensors (all of them in one message), a type other than F32, F16,
+    BF16, a file that cannot be read.
     """
     folder = Path(folder)
-    checkpoint = Checkpoint(folder)
-    prefix = family.PREFIX if any(n.startswith(family.PREFIX) for n in checkpoint.tensors) else ""
-    names, abstract = names_of(model.config, family), paths(model.abstract["backbone"])
-    assert names.keys() == abstract.keys(), f"{family.MODEL_TYPE}: table and model differ: {names.keys() ^ abstract.keys()}"
+    checkpoint = Checkpoint(folder, family.renamed)
+    prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in checkpoint.tensors)), "")
+    abstract = paths(model.abstract)
+    names = names_of(abstract, model.config, family, prefix)
     wanted = {}
-    for path, name in names.items():
-        shape = abstract[path].shape
-        wanted |= {prefix + n: shape[1:] for n in name} if isinstance(name, list) else {prefix + name: shape}
+    for path, layer, name in _each(names):
+        shape = abstract[path].shape if layer is None else abstract[path].shape[1:]
+        wanted[name] = shape[::-1] if _transposed(path, family) else shape
     _differences(folder, checkpoint, wanted, family)
 
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = paths(shardings) if shardings is not None else {}
 
+    def tensor(path, name, index) -> np.ndarray:
+        if name is None:  # never read by the model
+            return np.ones([len(range(n)[s]) for n, s in zip(abstract[path].shape[1:], index)], np.float32)
+        return checkpoint.read(name, index[::-1]).T if _transposed(path, family) else checkpoint.read(name, index)
+
     def read(path):
         name, leaf = names[path], abstract[path]
+        sharding = placed.get(path, default)
 
-        def part(index):
-            if not isinstance(name, list):
-                return np.asarray(checkpoint.read(prefix + name, index)).astype(leaf.dtype, copy=False)
-            layers = name[index[0]] if index else name
-            first = checkpoint.read(prefix + layers[0], index[1:])
+        def part(index, layers):
+            if layers is None:
+                return np.asarray(tensor(path, name, index)).astype(leaf.dtype, copy=False)
+            index, layers = index[1:], layers[index[0]]
+            first = tensor(path, layers[0], index)
             out = np.empty((len(layers), *first.shape), leaf.dtype)
             out[0] = first
             for i, n in enumerate(layers[1:], 1):
-                out[i] = checkpoint.read(prefix + n, index[1:])
+                out[i] = tensor(path, n, index)
             return out
 
-        cached: dict = {}  # replicas of a slice are read once
+        def array(shape, layers=None):
+            cached: dict = {}  # replicas of a slice are read once
 
-        def callback(index):
-            where = tuple((s.start, s.stop) for s in index)
-            if where not in cached:
-                cached[where] = part(index)
-            return cached[where]
+            def callback(index):
+                where = tuple((s.start, s.stop) for s in index)
+                if where not in cached:
+                    cached[where] = part(index, layers)
+                return cached[where]
 
-        return jax.make_array_from_callback(leaf.shape, placed.get(f"backbone/{path}", default), callback)
+            return jax.make_array_from_callback(shape, sharding, callback)
 
-    params = {"backbone": nest({path: read(path) for path in names})}
+        if isinstance(name, str):
+            result = array(leaf.shape)
+        elif leaf.size * leaf.dtype.itemsize <= AT_ONCE or sharding.shard_shape(leaf.shape)[0] < len(name):
+            result = array(leaf.shape, name)
+        else:
+            fitting = max(AT_ONCE * len(name) // (leaf.size * leaf.dtype.itemsize), 1)
+            at_once = max(n for n in range(1, len(name) + 1) if len(name) % n == 0 and n <= fitting)
+            result = _zeros(leaf.shape, leaf.dtype, sharding)
+            for i in range(0, len(name), at_once):
+                result = _put(result, array((at_once, *leaf.shape[1:]), name[i : i + at_once]), i, sharding)
+        jax.block_until_ready(result)
+        checkpoint.release()
+        return result
+
+    params = {path: read(path) for path in names}
     if "head" in model.abstract:
-        head = model.init_head(jax.random.key(0) if key is None else key)
-        if key is None and any(np.asarray(leaf).any() for leaf in jax.tree.leaves(head)):
+        head = paths(model.init_head(jax.random.key(0) if key is None else key))
+        if key is None and any(np.asarray(leaf).any() for leaf in head.values()):
             raise ValueError("load needs a key: this head's initialisation is random")
-        params["head"] = {k: jax.device_put(v, placed.get(f"head/{k}", default)) for k, v in head.items()}
-    return params
+        params |= {f"head/{k}": jax.device_put(v, placed.get(f"head/{k}", default)) for k, v in head.items()}
+    return nest(params)
 
 
-def save(folder, params: dict, config, family, tokenizer_files_from=None) -> None:
-    """Write config.json and model.safetensors in Hugging Face's format, and copy tokenizer files if a folder of them is named.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape, dtype, sharding):
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
-    `params` = {"backbone": ...} of a language model. Atomic: `folder` appears, or is replaced, when everything is written.
-    """
-    if params.keys() != {"backbone"}:
-        raise ValueError(f"save writes a language model, params of {sorted(params)} have no place in its format")
-    flat, tensors = paths(params["backbone"]), {}
-    for path, name in names_of(config, family).items():
-        array = np.ascontiguousarray(jax.device_get(flat.pop(path)))
-        for i, n in enumerate(name if isinstance(name, list) else [name]):
-            tensors[family.PREFIX + n] = array[i] if isinstance(name, list) else array
-    if flat:
-        raise ValueError(f"parameters without a name in the checkpoint: {sorted(flat)}")
-    dtypes = {t.dtype for t in tensors.values()}
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _put(stack, layers, i, sharding):
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_slice_in_dim(stack, layers, i, 0), sharding)
+
+
+# --------------------------------------------------------------------------- writing
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: its size in bytes, and how to get it (contiguous, on the host)."""
+
+    size: int
+    get: Callable[[], np.ndarray]
+
+
+def entries(params: dict, config, family) -> dict[str, Entry]:
+    """Name of the tensor -> Entry, for every parameter but the head's, in the checkpoint's own orientation."""
+    flat = {path: leaf for path, leaf in paths(params).items() if not path.startswith("head/")}
+    whole: dict = {}
+
+    def get(path, layer):
+        leaf = flat[path]
+        if layer is not None and leaf.nbytes > AT_ONCE:
+            array = jax.device_get(leaf[layer])
+        else:
+            if path not in whole:
+                whole.clear()
+                whole[path] = jax.device_get(leaf)
+            array = whole[path] if layer is None else whole[path][layer]
+        return np.ascontiguousarray(array.T if _transposed(path, family) else array)
+
+    names = names_of(flat, config, family, family.prefixes[0])
+    return {name: Entry(flat[path].nbytes // (1 if layer is None else config.layers), functools.partial(get, path, layer))
+            for path, layer, name in _each(names)}
+
+
+def save(folder, params: dict, raw: dict, config, family, tokenizer_files_from=None) -> None:
+    """Write a language model: config.json (`raw`, which `config` was read from) and safetensors, and copy tokenizer files if
+    a folder of them is named. Atomic: `folder` appears, or is replaced, when everything is written."""
+    if surplus := params.keys() - {"backbone", "lm_head"}:
+        raise ValueError(f"save writes a language model, params of {sorted(surplus)} have no place in its format")
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
     assert len(dtypes) == 1 and dtypes <= {np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)}, dtypes
+    raw = {k: v for k, v in raw.items() if k != "torch_dtype"} | {"dtype": str(dtypes.pop())}
+    write(folder, entries(params, config, family), {"config.json": json.dumps(raw, indent=2, sort_keys=True) + "\n"}, tokenizer_files_from)
+
+
+def write(folder, tensors: dict[str, Entry], texts: dict[str, str], tokenizer_files_from=None) -> None:
+    """A folder with `tensors` in model.safetensors (several files and an index above SHARD bytes), `texts` by file name, and
+    the tokenizer files of another folder. Atomic: it appears, or replaces another, when everything is written."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in tensors.items():
+        if shards[-1] and size + entry.size > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += entry.size
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
 
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(tensors, temporary / SINGLE, metadata={"format": "pt"})
-        raw = family.write(config) | {"dtype": str(dtypes.pop())}
-        (temporary / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+        for file, names in zip(files, shards):
+            save_file({name: tensors[name].get() for name in names}, temporary / file, metadata={"format": "pt"})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(e.size for e in tensors.values())},
+                     "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+            (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for name, text in texts.items():
+            (temporary / name).write_text(text)
         for pattern in TOKENIZER_FILES if tokenizer_files_from else ():
             for file in Path(tokenizer_files_from).glob(pattern):
                 shutil.copyfile(file, temporary / file.name)

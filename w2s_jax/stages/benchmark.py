@@ -29,10 +29,9 @@ from etils import epath
 from w2s_jax import config as config_lib
 from w2s_jax import forward, hub, losses, models, optimizers, train, workload
 from w2s_jax import mesh as mesh_lib
-from w2s_jax.data import packing, splits
+from w2s_jax.data import packing, splits, world
 from w2s_jax.errors import UserError
 from w2s_jax.files import plain, write_text
-from w2s_jax.models import gpt2
 from w2s_jax.progress import Progress, say
 from w2s_jax.runlog import Run
 
@@ -90,11 +89,14 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
 # --------------------------------------------------------------------------- what is measured
 
 
+def _raw(arch) -> dict:
+    """config.json of GPT-2's architecture in these sizes."""
+    return world.model_config(arch["width"], arch["layers"], arch["heads"], arch["context"], arch["vocab"])
+
+
 def _model(arch, config) -> models.Model:
-    """GPT-2's architecture in these sizes; the head starts random, so that the first loss already depends on every layer."""
-    raw = {name: arch[key] for name, key in
-           (("n_embd", "width"), ("n_layer", "layers"), ("n_head", "heads"), ("n_positions", "context"), ("vocab_size", "vocab"))}
-    return models.build(gpt2.read(raw, "config.arch"), head="classifier", dtype=config.dtype, remat=config.remat,
+    """A classifier on it; the head starts random, so that the first loss already depends on every layer."""
+    return models.build(models.parse(_raw(arch), "config.arch"), head="classifier", dtype=config.dtype, remat=config.remat,
                         attention=config.attention, head_init="normal")
 
 
@@ -271,7 +273,7 @@ class Torch:
         torch.set_num_threads(_threads())
         torch.backends.cuda.matmul.allow_tf32 = config.matmul_precision == "default"
         with tempfile.TemporaryDirectory() as folder:
-            models.save(Path(folder) / "model", {"backbone": params["backbone"]}, model.config)
+            models.save(Path(folder) / "model", {"backbone": params["backbone"]}, _raw(config.arch))
             self.body = transformers.GPT2Model.from_pretrained(Path(folder) / "model", dtype=torch.float32).to(self.device)
         self.body.eval()  # no dropout, as in the reference
         self.head = torch.nn.Linear(model.config.embed, model.classes, bias=False).to(self.device)
@@ -334,7 +336,7 @@ def startup() -> dict:
         folder = Path(name)
         keys = config_lib.shipped("finetune")
         model = _model(SMALL, keys)
-        models.save(folder / "model", {"backbone": jax.jit(model.init)(jax.random.key(0))["backbone"]}, model.config)
+        models.save(folder / "model", {"backbone": jax.jit(model.init)(jax.random.key(0))["backbone"]}, _raw(SMALL))
         rng = np.random.default_rng(0)
         (folder / "task").mkdir()
         for split in ("train", "test"):

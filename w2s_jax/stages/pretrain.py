@@ -25,7 +25,6 @@ from w2s_jax.data import corpus as corpus_lib
 from w2s_jax.data import packing, world
 from w2s_jax.errors import UserError
 from w2s_jax.files import is_object_store
-from w2s_jax.models import gpt2, heads
 from w2s_jax.progress import say
 from w2s_jax.runlog import Run
 
@@ -127,14 +126,16 @@ def learning_rates(config) -> np.ndarray:
 # --------------------------------------------------------------------------- the model
 
 
-def _open(config, folder) -> tuple[models.Model, dict, jax.sharding.Mesh, list[str], str]:
-    """The language model on its mesh, its parameters (random, or the checkpoint's), lesser shardings, and the checkpoint's commit."""
+def _open(config, folder) -> tuple[models.Model, dict, dict, jax.sharding.Mesh, list[str], str]:
+    """The language model on its mesh, its config.json, its parameters (random, or the checkpoint's), lesser shardings, and the
+    checkpoint's commit."""
     source = hub.resolve(config.model, config.revision) if config.model else None
     if source:
-        shape = models.read_config(source)
+        raw = models.read_raw(source)
     else:
         sizes = {key: config.arch[key] for key in ("width", "layers", "heads", "context")}
-        shape = gpt2.read(world.model_config(**sizes, vocab_size=hub.vocabulary_size(folder)), "arch")
+        raw = world.model_config(**sizes, vocab_size=hub.vocabulary_size(folder))
+    shape = models.parse(raw, str(Path(source.path) / "config.json") if source else "arch")
     if config.max_length > shape.max_positions:
         raise UserError(f"max_length={config.max_length}: the model has {shape.max_positions} positions, expected at most that")
     model = models.build(shape, head="lm", dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat,
@@ -145,7 +146,7 @@ def _open(config, folder) -> tuple[models.Model, dict, jax.sharding.Mesh, list[s
         params = models.load(source, model, shardings)
     else:
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
-    return model, params, mesh, fallen if mesh.size > 1 else [], source.commit if source else ""
+    return model, raw, params, mesh, fallen if mesh.size > 1 else [], source.commit if source else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +160,7 @@ class _NextToken:
         return self.model.config
 
     def apply(self, params, batch):
-        last = heads.gather_last(self.model.hidden(params, batch), batch["last"])
-        table = params["backbone"]["embed"]["tokens"]["embedding"].astype(last.dtype)
-        return jnp.argmax(jnp.einsum("cse,ve->csv", last, table), axis=-1).astype(jnp.float32)[..., None]
+        return self.model.next_tokens(params, batch).astype(jnp.float32)[..., None]
 
 
 def facts_known(config, model, params, mesh, folder, stats: dict) -> dict:
@@ -178,14 +177,14 @@ def facts_known(config, model, params, mesh, folder, stats: dict) -> dict:
     return {"facts_known": float(known.mean()), "facts_known_by_quarter": [float(q.mean()) for q in np.array_split(known, 4)]}
 
 
-def _save(config, run_, params, model, folder) -> None:
+def _save(run_, params, raw, folder) -> None:
     """`<workdir>/model/`, through a temporary folder where the run directory is in an object store."""
     target = epath.Path(run_.path) / "model"
     if not is_object_store(target):
-        models.save(target, params, model.config, tokenizer_files_from=folder)
+        models.save(target, params, raw, tokenizer_files_from=folder)
         return
     with tempfile.TemporaryDirectory() as local:
-        models.save(Path(local) / "model", params, model.config, tokenizer_files_from=folder)
+        models.save(Path(local) / "model", params, raw, tokenizer_files_from=folder)
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted((Path(local) / "model").iterdir()):
             with file.open("rb") as source, (target / file.name).open("wb") as sink:
@@ -198,7 +197,7 @@ def _save(config, run_, params, model, folder) -> None:
 def _run(config, workdir, text, folder, identity_: dict, rerun: bool, start: float) -> dict:
     notes: list[str] = []  # said once the input is known to be good
     fit, held, names, counts = _pieces(config, text, folder, notes)
-    model, params, mesh, fallen, commit = _open(config, folder)
+    model, raw, params, mesh, fallen, commit = _open(config, folder)
     largest = max(int(ids.max()) for ids in (*fit, *held))
     if largest >= model.config.vocab:
         raise UserError(f"tokenizer: gives token id {largest}, expected ids from 0 to {model.config.vocab - 1} (the model's vocabulary)")
@@ -234,7 +233,7 @@ def _run(config, workdir, text, folder, identity_: dict, rerun: bool, start: flo
         results = heldout(params) if held else {}
         if config.corpus == WORLD:
             results |= facts_known(config, model, params, mesh, folder, stats)
-        _save(config, run_, params, model, folder)
+        _save(run_, params, raw, folder)
         results |= {
             "n_heldout": len(held), "n_train": len(fit), "passes": passes, "steps": config.steps, "parameters": parameters,
             "corpus": counts | {"files_left_out": len(text.left_out) if text else 0}, "tokens_trained": plan.useful,

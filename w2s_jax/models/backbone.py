@@ -1,0 +1,212 @@
+"""The backbone: token ids in, hidden states out. One stack of layers with fields; a family fills the fields in.
+
+Parameters (path: shape), all in `param_dtype`; which of them a model has, its Architecture says:
+
+    embed/tokens/embedding                          [vocab, embed]
+    embed/{positions,types}/embedding               [learned_positions | types, embed]
+    embed/norm/{scale,bias}                         [embed]
+    layers/{norm1,norm2,post1,post2}/{scale,bias}   [layers, embed]
+    layers/attn/qkv/{kernel,bias}                   [layers, embed, (heads + 2*kv_heads)*head_dim], [layers, ...]
+    layers/attn/{q,k,v}/{kernel,bias}               [layers, embed, heads*head_dim | kv_heads*head_dim], [layers, ...]
+    layers/attn/{q_norm,k_norm}/scale               [layers, head_dim | all heads' features]
+    layers/attn/out/{kernel,bias}                   [layers, heads*head_dim, embed], [layers, embed]
+    layers/mlp/{up,gate}/{kernel,bias}              [layers, embed, mlp], [layers, mlp]
+    layers/mlp/gate_up/{kernel,bias}                [layers, embed, 2*mlp], [layers, 2*mlp]
+    layers/mlp/down/{kernel,bias}                   [layers, mlp, embed], [layers, embed]
+    norm/{scale,bias}                               [embed]
+
+The layers are built by one nnx.vmap and run by one jax.lax.scan: the program's size does not grow with the depth.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from w2s_jax.models.architecture import Architecture
+from w2s_jax.models.attention import angles, attend, prepare, rotate
+from w2s_jax.models.dropout import ATTENTION, EMBEDDING, MLP, dropout, token_keys
+from w2s_jax.models.layers import ACTIVATIONS, Compute, Embedding, Linear, Norm
+
+# What a layer keeps for the backward pass; the rest is computed again. "none" keeps the result of every matrix product with
+# weights and of the attention as a whole, so that only elementwise work and the attention's scores are repeated: faster than
+# keeping everything (measured: -15% of a GPT-2-sized step on CPU, with less than half the memory), which is everything_saveable.
+REMAT = {
+    "none": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "everything_saveable": jax.checkpoint_policies.everything_saveable,
+}
+
+
+def _norm(arch: Architecture, compute: Compute, width: int | None = None, bias: bool | None = None) -> Norm:
+    return Norm(arch.embed if width is None else width, arch.norm, arch.norm_eps, compute, bias=arch.norm_bias if bias is None else bias)
+
+
+class Embed(nnx.Module):
+    """Token embedding (scaled) + learned positions + token type 0, then a norm: as many of these as the family has."""
+
+    def __init__(self, arch: Architecture, compute: Compute, *, rngs: nnx.Rngs):
+        table = lambda rows, std=arch.init_std: Embedding(rows, arch.embed, std, compute, rngs=rngs)  # noqa: E731
+        self.tokens = table(arch.vocab, arch.embed_std or arch.init_std)
+        self.positions = table(arch.learned_positions) if arch.learned_positions else nnx.data(None)
+        self.types = table(arch.types) if arch.types else nnx.data(None)
+        self.norm = _norm(arch, compute) if arch.embed_norm else nnx.data(None)
+        self.offset, self.scale = arch.position_offset, arch.embed_scale
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.tokens(tokens)
+        if self.scale != 1.0:
+            x = x * jnp.asarray(self.scale, x.dtype)
+        if self.types is not None:
+            x = x + self.types(jnp.zeros_like(tokens))
+        if self.positions is not None:
+            x = x + self.positions(positions + self.offset if self.offset else positions)
+        return x if self.norm is None else self.norm(x)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention. The matrices are the checkpoint's own, fused where it fuses them (Adafactor's statistics need that)."""
+
+    def __init__(self, arch: Architecture, compute: Compute, *, rngs: nnx.Rngs):
+        sizes = (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim, arch.kv_heads * arch.head_dim)
+        linear = lambda width: Linear(arch.embed, width, arch.init_std, compute, bias=arch.qkv_bias, rngs=rngs)  # noqa: E731
+        if arch.qkv == "split":
+            self.q, self.k, self.v = (linear(size) for size in sizes)
+        else:
+            self.qkv = linear(sum(sizes))
+        if arch.qk_norm:
+            whole = arch.qk_norm == "whole"
+            self.q_norm = _norm(arch, compute, sizes[0] if whole else arch.head_dim, bias=False)
+            self.k_norm = _norm(arch, compute, sizes[1] if whole else arch.head_dim, bias=False)
+        self.out = Linear(sizes[0], arch.embed, arch.init_std / math.sqrt(2 * arch.layers), compute, bias=arch.out_bias, rngs=rngs)
+        self.arch, self.implementation = arch, compute.attention
+
+    def _projections(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [rows, time, heads, head_dim], keys and values [rows, time, kv_heads, head_dim]."""
+        arch, (rows, time, _) = self.arch, x.shape
+        if arch.qkv == "interleaved":
+            q, k, v = jnp.split(self.qkv(x).reshape(rows, time, arch.heads, 3 * arch.head_dim), 3, axis=-1)
+            return q, k, v
+        if arch.qkv == "fused":
+            ends = (arch.heads * arch.head_dim, (arch.heads + arch.kv_heads) * arch.head_dim)
+            q, k, v = jnp.split(self.qkv(x), ends, axis=-1)
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        if arch.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.reshape(rows, time, -1, arch.head_dim) for t in (q, k, v))
+        if arch.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def __call__(self, x: jax.Array, plan, turns, layer: jax.Array, kind: jax.Array) -> jax.Array:
+        arch, (rows, time, _) = self.arch, x.shape
+        q, k, v = self._projections(x)
+        if turns is not None:
+            cos, sin = (a[0] if len(arch.kinds) == 1 else a[kind] for a in turns)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if arch.scale_by_layer:
+            q = q / (layer + 1).astype(q.dtype)
+        y = attend(q, k, v, plan, arch.kinds, kind, scale=arch.attention_scale, cap=arch.attention_cap, implementation=self.implementation)
+        return self.out(checkpoint_name(y.reshape(rows, time, -1), "attention"))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, arch: Architecture, compute: Compute, *, rngs: nnx.Rngs):
+        linear = lambda width: Linear(arch.embed, width, arch.init_std, compute, bias=arch.mlp_bias, rngs=rngs)  # noqa: E731
+        if arch.mlp_kind == "fused":
+            self.gate_up = linear(2 * arch.mlp)
+        else:
+            self.up = linear(arch.mlp)
+            if arch.mlp_kind == "gated":
+                self.gate = linear(arch.mlp)
+        self.down = Linear(arch.mlp, arch.embed, arch.init_std / math.sqrt(2 * arch.layers), compute, bias=arch.mlp_bias, rngs=rngs)
+        self.kind, self.activation = arch.mlp_kind, arch.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act = ACTIVATIONS[self.activation]
+        if self.kind == "plain":
+            return self.down(act(self.up(x)))
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1) if self.kind == "fused" else (self.gate(x), self.up(x))
+        return self.down(act(gate) * up)
+
+
+class Layer(nnx.Module):
+    """One transformer layer; where its norms stand, architecture.RESIDUAL says."""
+
+    def __init__(self, arch: Architecture, compute: Compute, *, rngs: nnx.Rngs):
+        if arch.residual in ("pre", "parallel", "sandwich"):
+            self.norm1, self.norm2 = _norm(arch, compute), _norm(arch, compute)
+        if arch.residual in ("branch", "sandwich", "post"):
+            self.post1, self.post2 = _norm(arch, compute), _norm(arch, compute)
+        self.attn = Attention(arch, compute, rngs=rngs)
+        self.mlp = Mlp(arch, compute, rngs=rngs)
+        self.arch, self.rate = arch, compute.dropout
+
+    def __call__(self, x: jax.Array, plan, turns, layer: jax.Array, kind: jax.Array, keys: jax.Array | None) -> jax.Array:
+        residual = self.arch.residual
+        drop = lambda y, site: dropout(y, keys, self.rate, site, layer)  # noqa: E731
+        attn = lambda y: drop(self.attn(y, plan, turns, layer, kind), ATTENTION)  # noqa: E731
+        mlp = lambda y: drop(self.mlp(y), MLP)  # noqa: E731
+        if residual == "post":
+            x = self.post1(x + attn(x))
+            return self.post2(x + mlp(x))
+        if residual == "branch":
+            x = x + self.post1(attn(x))
+            return x + self.post2(mlp(x))
+        first = self.norm1(x)
+        if not self.arch.first_norm:
+            first = jnp.where(layer == 0, x, first)
+        if residual == "parallel":
+            return x + attn(first) + mlp(self.norm2(x))
+        if residual == "sandwich":
+            x = x + self.post1(attn(first))
+            return x + self.post2(mlp(self.norm2(x)))
+        x = x + attn(first)
+        return x + mlp(self.norm2(x))
+
+
+class Backbone(nnx.Module):
+    """Embeddings, the stacked layers and the final norm."""
+
+    def __init__(self, arch: Architecture, compute: Compute, *, rngs: nnx.Rngs):
+        self.embed = Embed(arch, compute, rngs=rngs)
+
+        @nnx.split_rngs(splits=arch.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs):
+            return Layer(arch, compute, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.norm = _norm(arch, compute) if arch.final_norm else nnx.data(None)
+        self.arch, self.remat, self.rate = arch, compute.remat, compute.dropout
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """Per token: only those that are read need it."""
+        return x if self.norm is None else self.norm(x)
+
+    def __call__(self, tokens, segments, positions, dropout_key=None, all_layers: bool = False):
+        """Hidden states BEFORE the final norm, [rows, time, embed] in the compute type.
+
+        `tokens`, `segments`, `positions`: int32 [rows, time]; see attention.prepare for who attends to whom. With
+        `all_layers` also the input of each layer, [layers, rows, time, embed].
+        """
+        arch = self.arch
+        keys = token_keys(dropout_key, segments, positions) if dropout_key is not None and self.rate else None
+        x = dropout(self.embed(tokens, positions), keys, self.rate, EMBEDDING, 0)
+        plan, turns = prepare(segments, arch.kinds, arch.causal), angles(positions, arch.kinds)
+        kinds = jnp.asarray(arch.kind_of or (0,) * arch.layers)
+
+        def body(x, scanned):
+            layer, index, kind = scanned
+            return layer(x, plan, turns, index, kind, keys), x if all_layers else None
+
+        # Inside a scan the loop's own boundary already keeps XLA from merging the two computations.
+        body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
+        x, inputs = jax.lax.scan(body, x, (self.layers, jnp.arange(arch.layers), kinds))
+        return (x, inputs) if all_layers else x

@@ -1,0 +1,81 @@
+"""The parts that every layer is made of: matrix products, norms, tables, activations."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+_tanh_gelu = lambda x: jax.nn.gelu(x, approximate=True)  # noqa: E731
+_exact_gelu = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
+
+ACTIVATIONS = {  # transformers' names
+    "gelu": _exact_gelu, "gelu_python": _exact_gelu,
+    "gelu_new": _tanh_gelu, "gelu_fast": _tanh_gelu, "gelu_pytorch_tanh": _tanh_gelu, "gelu_python_tanh": _tanh_gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu, "relu2": lambda x: jnp.square(jax.nn.relu(x)), "relu6": jax.nn.relu6,
+    "silu": jax.nn.silu, "swish": jax.nn.silu, "sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "mish": jax.nn.mish,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the arithmetic is done; none of it changes what is computed, up to rounding (dropout apart)."""
+
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    remat: str
+    attention: str
+    dropout: float
+
+
+class Linear(nnx.Module):
+    """x [..., inputs] @ kernel [inputs, outputs] (+ bias [outputs]), in the compute type."""
+
+    def __init__(self, inputs: int, outputs: int, std: float, compute: Compute, *, bias: bool = True, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (inputs, outputs), compute.param_dtype))
+        self.bias = nnx.Param(jnp.zeros((outputs,), compute.param_dtype)) if bias else nnx.data(None)
+        self.dtype = compute.dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Two dimensions: XLA's CPU backend would transpose a three-dimensional operand for the kernel's gradient.
+        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return checkpoint_name(y.reshape(*x.shape[:-1], -1), "linear")
+
+
+class Norm(nnx.Module):
+    """Over the last axis, in float32 whatever the compute type. `kind`: one of architecture.NORMS.
+
+    "layer": LayerNorm; "rms": RMSNorm; "rms_plus_one": RMSNorm times 1 + scale (Gemma, whose scale starts at 0).
+    """
+
+    def __init__(self, width: int, kind: str, eps: float, compute: Compute, *, bias: bool = False):
+        start = jnp.zeros if kind == "rms_plus_one" else jnp.ones
+        self.scale = nnx.Param(start((width,), compute.param_dtype))
+        self.bias = nnx.Param(jnp.zeros((width,), compute.param_dtype)) if bias else nnx.data(None)
+        self.kind, self.eps, self.dtype = kind, eps, compute.dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        x = x * (1.0 + scale if self.kind == "rms_plus_one" else scale)
+        if self.bias is not None:
+            x = x + self.bias[...].astype(jnp.float32)
+        return x.astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of a table. An id outside the table gives NaN, never a neighbour's row: the trainer stops on it."""
+
+    def __init__(self, rows: int, width: int, std: float, compute: Compute, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (rows, width), compute.param_dtype))
+        self.dtype = compute.dtype
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embedding[...].at[ids].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
