@@ -137,11 +137,11 @@ def to_qwen1(folder) -> None:
         "use_flash_attn": "auto", "use_logn_attn": True, "vocab_size": raw["vocab_size"]}))
 
 
-def save(case: str, kind: str, folder):
-    """`network` in Hugging Face's format under `folder`; the tensors of the classification head are taken out."""
+def save(case: str, kind: str, folder, net=None):
+    """`network` (or `net`) in Hugging Face's format under `folder`; the tensors of the classification head are taken out."""
     from safetensors.numpy import load_file, save_file
 
-    net = network(case, kind)
+    net = network(case, kind) if net is None else net
     net.save_pretrained(folder)
     if kind == "classifier":
         file = folder / "model.safetensors"

@@ -154,7 +154,7 @@ def build(config: Architecture, *, head: str, classes: int = 2, dtype: str = "fl
     if head == "lm" and not config.causal:
         raise UserError(f"{config.family} is an encoder and predicts no next token; expected a decoder")
     if readout == "first" and config.causal:
-        raise UserError(f"readout='first': a decoder's first token sees nothing of a document but itself; expected auto, last or mean")
+        raise UserError("readout='first': a decoder's first token sees nothing of a document but itself; expected auto, last or mean")
     compute = Compute(jnp.dtype(DTYPES[dtype]), jnp.dtype(DTYPES[param_dtype]), remat, attention, dropout)
     return Model(config, head, classes, compute, readout, head_init)
 

@@ -98,10 +98,10 @@ class Attention(nnx.Module):
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
         if arch.qk_norm == "whole":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, jnp.float32), self.k_norm(k, jnp.float32)
         q, k, v = (t.reshape(rows, time, -1, arch.head_dim) for t in (q, k, v))
         if arch.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, jnp.float32), self.k_norm(k, jnp.float32)
         return q, k, v
 
     def __call__(self, x: jax.Array, plan, turns, layer: jax.Array, kind: jax.Array) -> jax.Array:
@@ -112,6 +112,7 @@ class Attention(nnx.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if arch.scale_by_layer:
             q = q / (layer + 1).astype(q.dtype)
+        q, k = q.astype(x.dtype), k.astype(x.dtype)
         y = attend(q, k, v, plan, arch.kinds, kind, scale=arch.attention_scale, cap=arch.attention_cap, implementation=self.implementation)
         return self.out(checkpoint_name(y.reshape(rows, time, -1), "attention"))
 
@@ -129,11 +130,13 @@ class Mlp(nnx.Module):
         self.kind, self.activation = arch.mlp_kind, arch.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
+        def act(y):  # in float32: one rounding at the end, and no cost, since it is fused
+            return ACTIVATIONS[self.activation](y.astype(jnp.float32))
+
         if self.kind == "plain":
-            return self.down(act(self.up(x)))
+            return self.down(act(self.up(x)).astype(x.dtype))
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1) if self.kind == "fused" else (self.gate(x), self.up(x))
-        return self.down(act(gate) * up)
+        return self.down((act(gate) * up.astype(jnp.float32)).astype(x.dtype))
 
 
 class Layer(nnx.Module):
@@ -153,20 +156,21 @@ class Layer(nnx.Module):
         drop = lambda y, site: dropout(y, keys, self.rate, site, layer)  # noqa: E731
         attn = lambda y: drop(self.attn(y, plan, turns, layer, kind), ATTENTION)  # noqa: E731
         mlp = lambda y: drop(self.mlp(y), MLP)  # noqa: E731
+        add = lambda norm, y: (x.astype(jnp.float32) + norm(y, jnp.float32)).astype(x.dtype)  # noqa: E731
         if residual == "post":
             x = self.post1(x + attn(x))
             return self.post2(x + mlp(x))
         if residual == "branch":
-            x = x + self.post1(attn(x))
-            return x + self.post2(mlp(x))
+            x = add(self.post1, attn(x))
+            return add(self.post2, mlp(x))
         first = self.norm1(x)
         if not self.arch.first_norm:
             first = jnp.where(layer == 0, x, first)
         if residual == "parallel":
             return x + attn(first) + mlp(self.norm2(x))
         if residual == "sandwich":
-            x = x + self.post1(attn(first))
-            return x + self.post2(mlp(self.norm2(x)))
+            x = add(self.post1, attn(first))
+            return add(self.post2, mlp(self.norm2(x)))
         x = x + attn(first)
         return x + mlp(self.norm2(x))
 

@@ -39,11 +39,14 @@ class Linear(nnx.Module):
         self.dtype = compute.dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape
         # Two dimensions: XLA's CPU backend would transpose a three-dimensional operand for the kernel's gradient.
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(self.dtype)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
-        return checkpoint_name(y.reshape(*x.shape[:-1], -1), "linear")
+        x, kernel = x.reshape(-1, shape[-1]), self.kernel[...].astype(self.dtype)
+        if self.bias is None:
+            y = x @ kernel
+        else:  # rounded once, after the sum
+            y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32) + self.bias[...].astype(jnp.float32)
+        return checkpoint_name(y.astype(self.dtype).reshape(*shape[:-1], -1), "linear")
 
 
 class Norm(nnx.Module):
@@ -58,7 +61,8 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), compute.param_dtype)) if bias else nnx.data(None)
         self.kind, self.eps, self.dtype = kind, eps, compute.dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+        """In the compute type, or in `dtype` where the next step is in float32 too."""
         x = x.astype(jnp.float32)
         if self.kind == "layer":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -67,7 +71,7 @@ class Norm(nnx.Module):
         x = x * (1.0 + scale if self.kind == "rms_plus_one" else scale)
         if self.bias is not None:
             x = x + self.bias[...].astype(jnp.float32)
-        return x.astype(self.dtype)
+        return x.astype(dtype or self.dtype)
 
 
 class Embedding(nnx.Module):
