@@ -18,12 +18,12 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Model
     c.model = "gpt2"  # hub id, or a local folder in Hugging Face's format
-    c.revision = "main"  # branch, tag or commit of a hub model; recorded as a commit hash
+    c.revision = ""  # branch, tag or commit of a hub model (empty = main); recorded as a commit hash
     c.dtype = "float32"  # compute: float32 | bfloat16
     c.param_dtype = "float32"  # parameters: float32 | bfloat16
     c.matmul_precision = "default"  # default | high | highest (default may mean TF32 or bfloat16 passes on an accelerator)
     c.attention = "auto"  # auto | xla (XLA's attention on every backend)
-    c.remat = "none"  # rematerialisation: none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
+    c.remat = "auto"  # rematerialisation: auto | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
     c.train = "full"  # what is trained: full | head
     c.head_init = "zeros"  # zeros | normal (0.02)
     c.readout = "auto"  # what the head reads: auto (a decoder's last token; as an encoder's own classifier) | last | mean | first
@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.batch_size = 32  # documents a step
     c.microbatch_size = 0  # documents over all devices held in memory at once; 0 = the whole batch
     c.epochs = 2  # passes over the training documents; steps = documents * epochs // batch_size
-    c.learning_rate = 5e-5  # peak
+    c.learning_rate = placeholder(float)  # peak; unset = the model's own (w2s_jax/registry.py)
     c.schedule = "cosine"  # constant | cosine | linear (both to 0)
     c.warmup_steps = 0  # linear warm-up from 0
     c.optimizer = "adam"  # adam adamw adafactor sgd lion adafactor_openai
@@ -80,10 +80,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint_every = 500  # steps; 0 = at the end only
     c.keep = "params"  # after the run: params | all (optimizer state too) | none
     c.steps_per_dispatch = 0  # steps in one call of the device; 0 = by the size of the model
-    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left
-    c.mesh.data = -1  # replicas
-    c.mesh.fsdp = 1  # parameters and batch split
-    c.mesh.model = 1  # tensors split
+    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left; 0 everywhere = the model's own (w2s_jax/registry.py)
+    c.mesh.data = 0  # replicas
+    c.mesh.fsdp = 0  # parameters and batch split
+    c.mesh.model = 0  # tensors split
     c.logger = "none"  # none | tensorboard | wandb
 
     if arg == "runlocal":

@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Model
     c.model = ""  # go on from this checkpoint: a hub id, or a local folder in Hugging Face's format; empty = random initialisation by arch
-    c.revision = "main"  # branch, tag or commit of a hub model or tokenizer; recorded as a commit hash
+    c.revision = ""  # branch, tag or commit of a hub model or tokenizer (empty = main); recorded as a commit hash
     c.arch = ConfigDict()  # sizes of a new model, GPT-2's architecture with tied embeddings (not used where model is set)
     c.arch.width = 32  # of the hidden states
     c.arch.layers = 2  # blocks
@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.param_dtype = "float32"  # parameters: float32 | bfloat16
     c.matmul_precision = "default"  # default | high | highest (default may mean TF32 or bfloat16 passes on an accelerator)
     c.attention = "auto"  # auto | xla (XLA's attention on every backend)
-    c.remat = "none"  # rematerialisation: none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
+    c.remat = "auto"  # rematerialisation: auto | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
 
     # Data
     c.corpus = "world"  # world, or a file or a folder (with its subfolders) of .txt (a document a file) or .jsonl (column text), .gz or not
@@ -65,10 +65,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint_every = 1000  # steps; 0 = at the end only
     c.keep = "none"  # checkpoints after the run: params | all (optimizer state too) | none (model/ is kept always)
     c.steps_per_dispatch = 0  # steps in one call of the device; 0 = by the size of the model
-    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left
-    c.mesh.data = -1  # replicas
-    c.mesh.fsdp = 1  # parameters and batch split
-    c.mesh.model = 1  # tensors split
+    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left; 0 everywhere = the model's own (w2s_jax/registry.py)
+    c.mesh.data = 0  # replicas
+    c.mesh.fsdp = 0  # parameters and batch split
+    c.mesh.model = 0  # tensors split
     c.logger = "none"  # none | tensorboard | wandb
 
     if arg == "runlocal":

@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.stage = "sweep"  # which stage of w2s_jax runs this config
     c.models = ("gpt2", "gpt2-medium")  # the ladder, weakest first: hub ids or local folders
     c.rungs = ()  # pretrain these first, in the ladder's place: rungs of configs/pretrain.py (small, medium, large), with pretrain.seed
-    c.learning_rates = ()  # one a model of the ladder; empty = base.learning_rate for all
+    c.learning_rates = ()  # one a model of the ladder; empty = base.learning_rate for all, or where that is unset each model's own
     c.tasks = ("sciq",)  # registered tasks or folders
     c.losses = ("xent", "logconf")  # of the students; ground truth is trained on with xent
     c.seeds = (0,)  # each repeats every run on the task; data_seed stays, so that seeds share their documents

@@ -1,5 +1,6 @@
 """Where a model is, what its content is, and how its tokenizer cuts text. No test uses the network."""
 
+import base64
 import json
 import os
 import shutil
@@ -125,15 +126,41 @@ def test_a_fingerprint_is_of_the_content(tmp_path):
 TEXTS = ["Q: What is it? A: mésophyte 😀", "", "!", " leading and trailing ", "line\n\nbreak", "<|endoftext|> inside"]
 
 
+@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "pythia"])
-def test_tokens_are_those_of_transformers(shared, name):
+def test_tokens_are_those_of_transformers(shared, name, special):
     from transformers import AutoTokenizer
 
     folder = shared / "data" / "tokenizers" / name
-    expected = AutoTokenizer.from_pretrained(folder)(TEXTS, add_special_tokens=False)["input_ids"]
-    got = hub.tokenize(folder, TEXTS)
+    expected = AutoTokenizer.from_pretrained(folder)(TEXTS, add_special_tokens=special)["input_ids"]
+    expected[1] = []  # an empty text is no document, whatever stands around it
+    got = hub.tokenize(folder, TEXTS, special)
     assert [t.tolist() for t in got] == expected
-    assert all(t.dtype == np.int32 for t in got) and got[1].shape == (0,)
+    assert all(t.dtype == np.int32 for t in got)
+    assert hub.closing_tokens(folder) == (name == "bert-base-uncased")
+
+
+def test_qwens_first_tokenizer(shared, tmp_path):
+    """GPT-2's vocabulary as a file of ranks: the same merges, so the same tokens where the patterns agree."""
+    source = shared / "data" / "tokenizers" / "gpt2"
+    raw = json.loads((source / "tokenizer.json").read_text())["model"]["vocab"]
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    to_byte = {c: b for b, c in bytes_to_unicode().items()}
+    ranks = {bytes(to_byte[c] for c in token): rank for token, rank in raw.items() if rank < 50256}
+    lines = [base64.b64encode(token) + b" " + str(rank).encode() for token, rank in ranks.items()]
+    (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
+    texts = ["The quick brown fox jumps over the lazy dog, doesn't it?", " naïve café mésophyte", "😀 und Grüße"]
+    assert [t.tolist() for t in hub.tokenize(tmp_path, texts, True)] == [t.tolist() for t in hub.tokenize(source, texts)]
+    assert hub.tokenize(tmp_path, ["a<|endoftext|>12"])[0].tolist() == [64, 50256, 16, 17]  # the first special token; digits one by one
+    composed, apart = hub.tokenize(tmp_path, ["caf\u00e9", "cafe\u0301"])  # NFC
+    assert composed.tolist() == apart.tolist()
+    assert hub.vocabulary_size(tmp_path) == 50256 + 208 and hub.closing_tokens(tmp_path) == 0
+    for damaged, expected in ((lines[:9], "all 256 bytes"), ([b"!! 1"], "line 1"), (lines[:300] + lines[301:], "without a gap")):
+        (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(damaged))
+        hub._encoder.cache_clear()
+        with pytest.raises(UserError, match=expected):
+            hub.tokenize(tmp_path, ["text"])
 
 
 def test_id_zero_is_a_token_and_long_input_keeps_its_order(shared, monkeypatch):

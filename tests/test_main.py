@@ -80,8 +80,8 @@ BAD = {
     "not a number": ("F W --config.dropout=nan", 'config.dropout: nan'),
     "infinite": ("F W --config.learning_rate=inf", 'config.learning_rate: inf'),
     "share of one": ("F W --config.test_fraction=1", 'config.test_fraction: 1.0, expected a number at least 0 and below 1'),
-    "mesh with two rests": ("F W --config.mesh.fsdp=-1", '-1 for at most one axis'),
-    "mesh of nothing": ("F W --config.mesh.fsdp=0", 'config.mesh.fsdp: 0'),
+    "mesh with two rests": ("F W --config.mesh.data=-1 --config.mesh.fsdp=-1", '-1 for at most one axis'),
+    "mesh of nothing": ("F W --config.mesh.fsdp=-2", 'config.mesh.fsdp: -2'),
     "heads": ("--config=pretrain W --config.arch.heads=5", 'config.arch.heads: 5, expected a divisor'),
     "context": ("--config=pretrain W --config.max_length=64", 'config.max_length: 64, expected at most config.arch.context'),
     "part to label": ("--config=label W --config.split=c", "config.split: 'c', expected one of b, a, train, val, test"),
@@ -266,7 +266,7 @@ BASE = hash_of(changed())
 @pytest.mark.parametrize("keys", [
     {"mesh__fsdp": 2}, {"microbatch_size": 4}, {"remat": "full"}, {"attention": "xla"}, {"steps_per_dispatch": 8}, {"logger": "wandb"},
     {"log_every": 10}, {"eval_every": 10}, {"checkpoint_every": 1}, {"keep": "all"}, {"eval_batch_size": 3}, {"model": "elsewhere/gpt2"},
-    {"task": "copy"}, {"task_dir": "d"}, {"revision": "abc"}, {"optimizer_args__b1": 0.9}, {"learning_rate": 5e-5},
+    {"task": "copy"}, {"task_dir": "d"}, {"revision": "abc"}, {"optimizer_args__b1": 0.9}, {"epochs": 2},
 ], ids=str)  # fmt: skip
 def test_execution_and_names_are_outside_the_identity(keys):
     assert hash_of(changed(**keys)) == BASE

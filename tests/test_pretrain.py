@@ -106,10 +106,10 @@ def test_learning_rates_end_at_the_final_fraction():
 
 def test_world_model_loads_in_transformers_with_the_same_loss(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from w2s_jax.stages import pretrain
+    from w2s_jax import stages
 
     config = tiny(steps=12, learning_rate=2e-2)
-    results = pretrain.run(config, tmp_path / "run")
+    results = stages.run(config, tmp_path / "run")
     assert 0 <= results["facts_known"] <= 1 and len(results["facts_known_by_quarter"]) == 4
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(12)) and lines[-1]["loss"] < lines[0]["loss"] - 0.3
@@ -132,14 +132,14 @@ def test_world_model_loads_in_transformers_with_the_same_loss(tmp_path):
     assert results["heldout_loss"] == pytest.approx(total / count, abs=1e-5)
     assert results["facts_known_by_quarter"][0] * len(prompts) / 4 >= known
 
-    assert pretrain.run(config, tmp_path / "run") == json.loads((tmp_path / "run" / "results.json").read_text())  # done already
+    assert stages.run(config, tmp_path / "run") == json.loads((tmp_path / "run" / "results.json").read_text())  # done already
     with pytest.raises(UserError, match="seed: 0 -> 1"):
-        pretrain.run(tiny(steps=12, learning_rate=2e-2, seed=1), tmp_path / "run")
+        stages.run(tiny(steps=12, learning_rate=2e-2, seed=1), tmp_path / "run")
 
 
 def test_own_text_own_tokenizer_then_pretraining_goes_on(tmp_path, capsys):
     pytest.importorskip("jax")
-    from w2s_jax.stages import pretrain
+    from w2s_jax import stages
 
     folder = tmp_path / "tokenizer"
     folder.mkdir()
@@ -153,7 +153,7 @@ def test_own_text_own_tokenizer_then_pretraining_goes_on(tmp_path, capsys):
     (tmp_path / "text" / "notes.md").write_text("not text for this")
     keys = {"corpus": str(tmp_path / "text"), "max_length": 16}
     config = tiny(tokenizer=str(folder), **keys)
-    results = pretrain.run(config, tmp_path / "first")
+    results = stages.run(config, tmp_path / "first")
     counts = results["corpus"]
     assert (counts["documents"], counts["cut"], counts["empty"], counts["single"], counts["files_left_out"]) == (103, 1, 1, 1, 1)
     words = sum(len(s.split()) for s in (*sentences, "so"))
@@ -163,23 +163,24 @@ def test_own_text_own_tokenizer_then_pretraining_goes_on(tmp_path, capsys):
     assert "facts_known" not in results and results["n_train"] + results["n_heldout"] == counts["pieces"]
 
     again = tiny(model=str(tmp_path / "first" / "model"), learning_rate=1e-9, **keys)
-    more = pretrain.run(again, tmp_path / "second")
+    more = stages.run(again, tmp_path / "second")
     assert more["heldout_loss"] == pytest.approx(results["heldout_loss"], abs=1e-5)  # it starts where the first ended
     assert (tmp_path / "second" / "model" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     with pytest.raises(UserError, match="max_length=64: the model has 32 positions"):
-        pretrain.run(tiny(model=str(tmp_path / "first" / "model"), corpus=keys["corpus"], max_length=64), tmp_path / "third")
+        stages.run(tiny(model=str(tmp_path / "first" / "model"), corpus=keys["corpus"], max_length=64), tmp_path / "third")
     assert not (tmp_path / "third").exists()
 
 
 def test_same_run_whatever_the_execution(tmp_path):
     """Microbatches, devices and steps a dispatch change rounding only; a resumed run is found by its identity."""
     pytest.importorskip("jax")
+    from w2s_jax import stages
     from w2s_jax.stages import pretrain
 
     losses = []
     for i, keys in enumerate(({}, {"microbatch_size": 2}, {"steps_per_dispatch": 1, "mesh": {"data": 2, "fsdp": 2, "model": 2}})):
         config = tiny(**keys)
-        pretrain.run(config, tmp_path / str(i))
+        stages.run(config, tmp_path / str(i))
         losses.append([json.loads(line)["loss"] for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()])
     np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=2e-5)
     np.testing.assert_allclose(losses[2], losses[0], rtol=0, atol=2e-5)

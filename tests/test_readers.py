@@ -101,7 +101,8 @@ def test_longer_documents_than_dynamic_scaling_serves_are_not_taken():
     assert arch.max_positions == 24 and arch.kinds == models.parse(LLAMA, "raw").kinds
 
 
-@pytest.mark.parametrize("head, readout, expected", [("lm", "auto", "encoder"), ("classifier", "last", None), ("classifier", "first", None)])
+@pytest.mark.parametrize("head, readout, expected", [
+    ("lm", "auto", "encoder"), ("classifier", "last", None), ("classifier", "first", None)])
 def test_what_an_encoder_can_do(head, readout, expected):
     build = lambda: models.build(models.parse(BERT, "raw"), head=head, readout=readout)  # noqa: E731
     if expected:

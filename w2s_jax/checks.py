@@ -164,8 +164,8 @@ def _check_arguments(c: ConfigDict, what: str, table: dict[str, dict], chosen) -
 
 def _check_mesh(mesh: ConfigDict) -> None:
     for axis, size in mesh.items():
-        if size != -1 and size < 1:
-            raise UserError(f"config.mesh.{axis}: {size}, expected a positive number of devices, or -1 for all that are left")
+        if size < -1:
+            raise UserError(f"config.mesh.{axis}: {size}, expected a number of devices, -1 for all that are left, or 0 (left open)")
     if sum(size == -1 for size in mesh.values()) > 1:
         raise UserError(f"config.mesh: {dict(mesh)}, expected -1 for at most one axis")
 

@@ -43,7 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "param_dtype": ("float32", "bfloat16"),
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla"),
-    "remat": ("none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
+    "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
     "train": ("full", "head"),
     "head_init": ("zeros", "normal"),
     "readout": ("auto", "last", "mean", "first"),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from etils import epath
 
 from w2s_jax import config as config_lib
+from w2s_jax import registry
 from w2s_jax.errors import UserError
 
 GROUND_TRUTH_LOSS = "xent"
@@ -100,7 +101,8 @@ def build(config, root, identify: Callable[[object, dict], dict]) -> Graph:
     rates = config.learning_rates or (config.base.learning_rate,) * len(rungs)
     for task in config.tasks:
         for seed in config.seeds:
-            base = [variant(config.base, seed=seed, task=task, model=path, learning_rate=rate) for (_, path, _), rate in zip(rungs, rates)]
+            base = [registry.fill(variant(config.base, seed=seed, task=task, model=path, learning_rate=rate))
+                    for (_, path, _), rate in zip(rungs, rates)]
             weak, ceiling, labelled = {}, {}, {}
             pairs = [(w, s) for s in range(len(rungs)) for w in range(s) if config.pairs == "all" or w == s - 1]
             for w in sorted({w for w, _ in pairs}):

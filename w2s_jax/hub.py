@@ -3,6 +3,7 @@
 Weights are only ever read from safetensors: nothing here unpickles or runs a checkpoint's code.
 """
 
+import base64
 import hashlib
 import os
 from functools import lru_cache
@@ -14,11 +15,12 @@ import numpy as np
 from w2s_jax.errors import UserError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt"]  # of a hub repository; nothing in its subfolders
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]  # of a hub repository; nothing in its subfolders
 UNWANTED = ["*/*", "consolidated*"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                   "merges.txt", "vocab.txt", "*.model")
+                   "merges.txt", "vocab.txt", "*.model", "*.tiktoken")
 TEXTS_AT_ONCE = 4096
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 class Folder(NamedTuple):
@@ -66,7 +68,7 @@ def resolve_tokenizer(tokenizer: str, revision: str = "main") -> Folder:
     else:
         folder = _download(tokenizer, revision, ["config.json", *TOKENIZER_FILES])
     if not any(f for pattern in TOKENIZER_FILES for f in Path(folder.path).glob(pattern)):
-        raise UserError(f"tokenizer={tokenizer}: holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt")
+        raise UserError(f"tokenizer={tokenizer}: holds no tokenizer; expected tokenizer.json, vocab.json and merges.txt, or *.tiktoken")
     return folder
 
 
@@ -124,36 +126,77 @@ def _sha256(path: str, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tokenize(folder: str | os.PathLike, texts) -> list[np.ndarray]:
-    """Token ids of each text, int32 [tokens], without added special tokens, truncation or padding; an empty text gives an empty array.
+def tokenize(folder: str | os.PathLike, texts, special: bool = False) -> list[np.ndarray]:
+    """Token ids of each text, int32 [tokens], without truncation or padding; an empty text gives an empty array.
 
-    UserError: the folder has no tokenizer. tokenizer.json is read by the library that transformers' fast tokenizers
-    wrap (a few ms instead of the seconds that importing transformers takes); older folders (vocab.json and merges.txt,
-    *.model) go through AutoTokenizer.
+    `special`: with the tokens that the model's own tokenizer puts around a text ([CLS] ... [SEP], <s> ...), as the references
+    fine-tune on them. UserError: the folder has no tokenizer. tokenizer.json is read by the library that transformers' fast
+    tokenizers wrap (a few ms instead of the seconds that importing transformers takes); older folders (vocab.json and
+    merges.txt, *.model) go through AutoTokenizer, Qwen's first version through its *.tiktoken file.
     """
     encode = _encoder(str(Path(folder)))
     texts = list(texts)
-    ids = []
+    out = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
-        ids += [np.asarray(t, np.int32) for t in encode(texts[start : start + TEXTS_AT_ONCE])]
-    return ids
+        for ids, added in encode(texts[start : start + TEXTS_AT_ONCE], special):
+            out.append(np.asarray([] if all(added) else ids, np.int32))
+    return out
+
+
+def closing_tokens(folder: str | os.PathLike) -> int:
+    """How many special tokens the tokenizer puts behind a text; a text that is cut keeps them."""
+    [(_, added)] = _encoder(str(Path(folder)))(["a"], True)
+    return next((i for i, special in enumerate(reversed(added)) if not special), 0)
 
 
 def vocabulary_size(folder: str | os.PathLike) -> int:
     """Token ids of the folder's tokenizer: the largest one + 1, added tokens included. UserError as for `tokenize`."""
-    file = Path(folder) / "tokenizer.json"
-    if file.is_file():
-        return max(_fast(file).get_vocab(with_added_tokens=True).values()) + 1
+    if (fast := _fast(Path(folder))) is not None:
+        return max(fast.get_vocab(with_added_tokens=True).values()) + 1
     return max(_slow(str(folder)).get_vocab().values()) + 1
 
 
-def _fast(file: Path):
+def _fast(folder: Path):
+    """The tokenizers.Tokenizer of a folder, or None where only transformers can read its files."""
     from tokenizers import Tokenizer
 
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        found = sorted(folder.glob("*.tiktoken"))
+        return _tiktoken(found[0]) if found else None
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{file}: not a tokenizer ({error})") from None
+
+
+def _tiktoken(file: Path):
+    """Qwen's first tokenizer, from its ranks of byte sequences; the rest stands in its remote code, which is never run.
+
+    Pattern, NFC and the 208 special tokens as in Qwen/Qwen-7B's tokenization_qwen.py.
+    """
+    from tokenizers import normalizers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    ranks = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(f"{file}, line {number}: expected a byte sequence in base64 and its rank") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        raise UserError(f"{file}: expected ranks from 0 without a gap, all 256 bytes among them")
+
+    class Converter(TikTokenConverter):
+        @staticmethod
+        def load_tiktoken_bpe(_):
+            return ranks
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
+    tokenizer = Converter(str(file), pattern=QWEN_PATTERN, extra_special_tokens=special).converted()
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
 
 
 def _slow(folder: str):
@@ -170,11 +213,22 @@ def _slow(folder: str):
 
 @lru_cache(maxsize=8)
 def _encoder(folder: str):
-    file = Path(folder) / "tokenizer.json"
-    if file.is_file():
-        tokenizer = _fast(file)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return lambda texts: [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    """texts, special -> for each text its token ids, and which of them are added around it (1) or the text's own (0)."""
+    fast = _fast(Path(folder))
+    if fast is not None:
+        fast.no_truncation()
+        fast.no_padding()
+        return lambda texts, special: [(e.ids, _added(e)) for e in fast.encode_batch(texts, add_special_tokens=special)]
     slow = _slow(folder)
-    return lambda texts: slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def encode(texts, special):
+        both = slow(texts, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
+        own = slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [(ids, mask if own_ids else [1]) for ids, mask, own_ids in zip(both["input_ids"], both["special_tokens_mask"], own)]
+
+    return encode
+
+
+def _added(encoding) -> list[int]:
+    # A special token that stands in the text itself has a place there; one that is put around it has none.
+    return [int(special and start == end) for special, (start, end) in zip(encoding.special_tokens_mask, encoding.offsets)]

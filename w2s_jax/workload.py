@@ -116,14 +116,16 @@ class Limits:
 
 
 def tokenized(examples: Examples, folder, limits: Limits, vocab: int, what: str, notes: list[str] | None = None) -> tuple[Examples, dict]:
-    """Examples with tokens, over-long and empty documents dealt with, and the counts `{"overlong", "truncated", "empty"}`.
+    """Examples with tokens (with those that the model's tokenizer puts around a text), over-long and empty documents dealt with,
+    and the counts `{"overlong", "truncated", "empty"}`.
 
     Counts that are not 0 make a line, which joins `notes` where they are given, and is printed at once where not.
 
     Raises:
       UserError: an over-long document under `overlong=error`, a token id outside the vocabulary, or nothing left.
     """
-    tokens = examples.tokens if examples.tokens is not None else hub.tokenize(folder, examples.texts)
+    given = examples.tokens is not None
+    tokens = examples.tokens if given else hub.tokenize(folder, examples.texts, special=True)
     for ident, ids in zip(examples.ids, tokens):
         if len(ids) and (ids.max() >= vocab or ids.min() < 0):
             bad = int(ids.max() if ids.max() >= vocab else ids.min())
@@ -135,7 +137,10 @@ def tokenized(examples: Examples, folder, limits: Limits, vocab: int, what: str,
         raise UserError(f"overlong=error: document {examples.ids[i]} has {len(tokens[i])} tokens; max_length={limits.max_length}, "
                         f"the model has {limits.positions} positions; expected shorter documents, or overlong=drop or truncate")
     if limits.overlong == "truncate":
-        tokens = [ids[: limits.cut] for ids in tokens]
+        end = hub.closing_tokens(folder) if long and not given else 0  # a text that is cut is still closed as the model expects it
+        if end >= limits.cut:
+            raise UserError(f"max_length={limits.cut}: the tokenizer alone puts {end} tokens behind a text; expected a larger max_length")
+        tokens = [ids if len(ids) <= limits.cut else np.concatenate([ids[: limits.cut - end], ids[len(ids) - end :]]) for ids in tokens]
         counts["truncated"] = len(long)
     else:
         counts["overlong"] = len(long)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from w2s_jax import registry
 from w2s_jax.errors import UserError, nearest
 
 STAGES = {name: f"w2s_jax.stages.{name}" for name in ("finetune", "label", "pretrain", "sweep", "report", "benchmark")}
@@ -26,7 +27,7 @@ def run(config, workdir, **options) -> dict:
     if name not in STAGES:
         raise UserError(f"config.stage: {name!r} is not a stage: expected one of {', '.join(STAGES)}{nearest(name, STAGES)}")
     check(config)
-    return importlib.import_module(STAGES[name]).run(config, workdir, **options)
+    return importlib.import_module(STAGES[name]).run(registry.fill(config), workdir, **options)
 
 
 def prepare(config) -> dict:
@@ -53,4 +54,4 @@ def prepare(config) -> dict:
 
 def identity(config, planned: dict | None = None) -> dict:
     """What a run of `config` would be (`config.identity`); `planned` = the runs that a sweep will make, by path."""
-    return importlib.import_module(STAGES[config.stage]).identity(config, planned)
+    return importlib.import_module(STAGES[config.stage]).identity(registry.fill(config), planned)

@@ -9,7 +9,7 @@ import time
 
 from etils import epath
 
-from w2s_jax import runlog, workload
+from w2s_jax import registry, runlog, workload
 from w2s_jax.data import splits
 from w2s_jax.files import plain
 from w2s_jax.progress import say
@@ -34,7 +34,7 @@ def resolve(config, trained):
         full.mesh, full.eval_batch_size, full.attention = config.mesh, config.eval_batch_size, config.attention
         # `split` says what is labelled; the part that the run trained on only decides which documents `val` means.
         full.label_split, full.file, full.run = config.split, config.file, config.run
-    return full
+    return registry.fill(full)
 
 
 def identity(config, planned: dict | None = None, task: str | None = None) -> dict:

@@ -1,0 +1,41 @@
+"""Defaults per model: the references' rates, the usual ladders, and anything else."""
+
+import pytest
+
+from w2s_jax import registry
+from w2s_jax.config import shipped
+
+
+@pytest.mark.parametrize("model, rate, remat, fsdp", [
+    ("gpt2", 5e-5, "none", 1), ("openai-community/gpt2-medium", 5e-5, "none", 1), ("gpt2-large", 1e-5, "none", 1),
+    ("gpt2-xl", 1e-5, "full", 1),
+    ("Qwen/Qwen-1_8B", 1e-5, "full", 1), ("Qwen/Qwen-72B", 1e-5, "full", -1), ("Qwen/Qwen1.5-0.5B", 2e-5, "none", 1),
+    ("Qwen/Qwen2.5-0.5B-Instruct", 2e-5, "none", 1), ("Qwen/Qwen2.5-7B", 1e-5, "full", -1), ("Qwen/Qwen3-1.7B-Base", 1e-5, "full", 1),
+    ("meta-llama/Meta-Llama-3-8B", 1e-5, "full", -1), ("meta-llama/Llama-3.2-1B", 1e-5, "none", 1),
+    ("EleutherAI/pythia-160m-deduped", 5e-5, "none", 1), ("EleutherAI/pythia-1.4b", 1e-5, "none", 1),
+    ("EleutherAI/pythia-12b", 1e-5, "full", -1),
+    ("google/bert_uncased_L-2_H-128_A-2", 3e-4, "none", 1), ("google-bert/bert-base-uncased", 3e-5, "none", 1),
+    ("somebody/else", 5e-5, "none", 1), ("/models/Qwen/Qwen-72B", 5e-5, "none", 1), ("", 5e-5, "none", 1),
+])
+def test_what_is_left_open_is_the_models_own(model, rate, remat, fsdp):
+    config = shipped("finetune")
+    config.model = model
+    filled = registry.fill(config)
+    assert (filled.learning_rate, filled.remat, filled.mesh.fsdp, filled.revision) == (rate, remat, fsdp, "main")
+    assert sorted(filled.mesh.values()).count(-1) == 1
+    assert config.learning_rate is None and config.mesh.fsdp == 0  # the one that was given is as it was
+    assert registry.fill(filled) is filled
+
+
+@pytest.mark.parametrize("given, mesh", [
+    ({"data": 1}, (1, 1, 1)), ({"fsdp": 4}, (-1, 4, 1)), ({"fsdp": -1}, (1, -1, 1)), ({"data": 2, "model": 2}, (2, 1, 2)),
+    ({"model": -1}, (1, 1, -1)),
+])
+def test_a_mesh_that_is_partly_set_is_completed(given, mesh):
+    config = shipped("finetune")
+    config.model = "Qwen/Qwen-72B"
+    config.mesh.update(given)
+    config.learning_rate, config.remat, config.revision = 1e-3, "dots", "step1000"
+    filled = registry.fill(config)
+    assert tuple(filled.mesh[axis] for axis in ("data", "fsdp", "model")) == mesh
+    assert (filled.learning_rate, filled.remat, filled.revision) == (1e-3, "dots", "step1000")
