@@ -199,6 +199,23 @@ def test_bfloat16_is_as_near_as_pytorchs(saved, case, tmp_path):
     assert 0 < rms[0] <= rms[1], rms
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt_neox", "modernbert"])
+def test_large_tensors_are_loaded_a_few_layers_at_a_time(saved, case, monkeypatch):
+    """As a small checkpoint, and onto devices that hold parts of every matrix."""
+    from w2s_jax import mesh as mesh_lib
+
+    folder, _ = saved(case)
+    model = models.build(models.read_config(folder), head="classifier")
+    expected = models.load(folder, model)
+    monkeypatch.setattr(weights, "AT_ONCE", 3000)
+    for shape in ({"data": 1, "fsdp": 1, "model": 1}, {"data": 2, "fsdp": 2, "model": 2}):
+        shardings, _ = mesh_lib.param_shardings(mesh_lib.make_mesh(shape, jax.devices()[: np.prod(list(shape.values()))]), model.abstract)
+        loaded = models.paths(models.load(folder, model, shardings))
+        for path, leaf in models.paths(expected).items():
+            np.testing.assert_array_equal(loaded[path], leaf, err_msg=path)
+            assert loaded[path].sharding.is_equivalent_to(models.paths(shardings)[path], leaf.ndim), path
+
+
 def test_activations_equal_transformers():
     torch = pytest.importorskip("torch")
     from transformers.activations import ACT2FN

@@ -105,12 +105,14 @@ def test_the_head_is_initialised_as_by_init(folder, head_init):
             models.load(folder, model)
 
 
+@pytest.mark.parametrize("at_once", [2**26, 2**14, 0], ids=["whole", "in groups", "one layer at a time"])
 @pytest.mark.parametrize("shape, rules", [
     ((8,), [(r"layers/.*(kernel|scale)", P(None, "a")), (r"embedding", P("a"))]),
     ((2, 4), [(r"layers/.*kernel", P("a", None, "b")), (r"tokens", P(None, "b")), (r"layers/.*bias", P(None, "b"))]),
     ((2, 2, 2), [(r"(qkv|up)/kernel", P("a", "b", "c")), (r"down|out/kernel", P(None, "c", "b")), (r"embedding", P(("a", "b")))]),
 ])
-def test_each_device_reads_its_slice(folder, params, shape, rules, monkeypatch):
+def test_each_device_reads_its_slice(folder, params, shape, rules, monkeypatch, at_once):
+    monkeypatch.setattr(weights, "AT_ONCE", at_once)
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
     mesh = jax.make_mesh(shape, ("a", "b", "c")[: len(shape)], axis_types=(AxisType.Auto,) * len(shape), devices=jax.devices()[:8])

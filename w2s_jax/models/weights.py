@@ -27,7 +27,7 @@ from w2s_jax.hub import TOKENIZER_FILES
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 READABLE = {"F32", "F16", "BF16"}
-AT_ONCE = 2**28  # bytes of a stack of layers that the host holds at a time while it reads or writes
+AT_ONCE = 2**26  # bytes of a stack of layers that the host holds at a time while it reads or writes
 SHARD = 4 * 2**30  # bytes of a file that is written
 
 
@@ -183,52 +183,65 @@ def load(folder, model, family, shardings: dict | None, key) -> dict:
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = paths(shardings) if shardings is not None else {}
 
-    def tensor(path, name, index) -> np.ndarray:
-        if name is None:  # never read by the model
-            return np.ones([len(range(n)[s]) for n, s in zip(abstract[path].shape[1:], index)], np.float32)
-        return checkpoint.read(name, index[::-1]).T if _transposed(path, family) else checkpoint.read(name, index)
-
     def read(path):
-        name, leaf = names[path], abstract[path]
+        name, leaf, turned = names[path], abstract[path], _transposed(path, family)
         sharding = placed.get(path, default)
+        layers = None if isinstance(name, str) else name
 
-        def part(index, layers):
-            if layers is None:
-                return np.asarray(tensor(path, name, index)).astype(leaf.dtype, copy=False)
-            index, layers = index[1:], layers[index[0]]
-            first = tensor(path, layers[0], index)
-            out = np.empty((len(layers), *first.shape), leaf.dtype)
-            out[0] = first
-            for i, n in enumerate(layers[1:], 1):
-                out[i] = tensor(path, n, index)
-            return out
+        def stored(layer, index) -> np.ndarray:
+            """(A slice of) one tensor as it is stored, or the ones of a row that no layer reads."""
+            if layer is None:
+                return np.ones([len(range(n)[s]) for n, s in zip(leaf.shape[1:], index)], np.float32)
+            return checkpoint.read(layer, index)
 
-        def array(shape, layers=None):
+        def array(shape, sharding, part):
             cached: dict = {}  # replicas of a slice are read once
 
             def callback(index):
                 where = tuple((s.start, s.stop) for s in index)
                 if where not in cached:
-                    cached[where] = part(index, layers)
+                    cached[where] = part(index)
                 return cached[where]
 
             return jax.make_array_from_callback(shape, sharding, callback)
 
-        if isinstance(name, str):
-            result = array(leaf.shape)
-        elif leaf.size * leaf.dtype.itemsize <= AT_ONCE or sharding.shard_shape(leaf.shape)[0] < len(name):
-            result = array(leaf.shape, name)
-        else:
-            fitting = max(AT_ONCE * len(name) // (leaf.size * leaf.dtype.itemsize), 1)
-            at_once = max(n for n in range(1, len(name) + 1) if len(name) % n == 0 and n <= fitting)
-            result = _zeros(leaf.shape, leaf.dtype, sharding)
-            for i in range(0, len(name), at_once):
-                result = _put(result, array((at_once, *leaf.shape[1:]), name[i : i + at_once]), i, sharding)
-        jax.block_until_ready(result)
-        checkpoint.release()
-        return result
+        def small(index):
+            """Stacked, turned and cast by the host."""
+            inner = index if layers is None else index[1:]
+            inner = inner[::-1] if turned else inner
+            found = [stored(n, inner) for n in ([name] if layers is None else layers[index[0]])]
+            found = [t.T if turned else t for t in found]
+            out = np.empty((len(found), *found[0].shape), leaf.dtype)
+            for i, t in enumerate(found):
+                out[i] = t
+            return out[0] if layers is None else out
 
-    params = {path: read(path) for path in names}
+        if leaf.size * leaf.dtype.itemsize <= AT_ONCE or layers and sharding.shard_shape(leaf.shape)[0] < len(layers):
+            return array(leaf.shape, sharding, small)
+
+        # Large: moved as it is stored (turning a view costs the transfer little), cast by the devices, a few layers at a time.
+        def large(index, names):
+            inner = index if layers is None else index[1:]
+            found = [stored(n, inner[::-1] if turned else inner) for n in names]
+            out = found[0] if layers is None else np.stack(found)
+            return np.swapaxes(out, -1, -2) if turned else out
+
+        if layers is None:
+            result = _cast(array(leaf.shape, sharding, lambda index: large(index, [name])), leaf.dtype, sharding)
+        else:
+            fitting = max(AT_ONCE * len(layers) // (leaf.size * leaf.dtype.itemsize), 1)
+            at_once = max(n for n in range(1, len(layers) + 1) if len(layers) % n == 0 and n <= fitting)
+            result = _zeros(leaf.shape, leaf.dtype, sharding)
+            for i in range(0, len(layers), at_once):
+                part = array((at_once, *leaf.shape[1:]), sharding, lambda index, i=i: large(index, layers[i : i + at_once]))
+                result = jax.block_until_ready(_put(result, part, i, sharding))
+                checkpoint.release()
+        return jax.block_until_ready(result)
+
+    params = {}
+    for path in names:
+        params[path] = read(path)
+        checkpoint.release()
     if "head" in model.abstract:
         head = paths(model.init_head(jax.random.key(0) if key is None else key))
         if key is None and any(np.asarray(leaf).any() for leaf in head.values()):
@@ -242,9 +255,15 @@ def _zeros(shape, dtype, sharding):
     return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _cast(x, dtype, sharding):
+    return jax.lax.with_sharding_constraint(x.astype(dtype), sharding)
+
+
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _put(stack, layers, i, sharding):
-    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_slice_in_dim(stack, layers, i, 0), sharding)
+    """`layers` at place `i` of the stack, in its type."""
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_slice_in_dim(stack, layers.astype(stack.dtype), i, 0), sharding)
 
 
 # --------------------------------------------------------------------------- writing
