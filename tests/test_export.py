@@ -1,5 +1,6 @@
 """Exports, in PyTorch: a trained run's folder gives the run's own predictions, by transformers' class or by the README's lines."""
 
+import base64
 import json
 import re
 import shutil
@@ -25,6 +26,9 @@ CLASSES = {  # case -> what transformers must make of the export; "" = the READM
     "olmo2": "Olmo2", "phi3": "Phi3", "bert": "Bert", "roberta": "Roberta", "modernbert": "ModernBert", "modernbert mean": "ModernBert",
     "qwen1": "",
 }  # fmt: skip
+
+
+EOS = world.vocabulary()[world.EOS]
 
 
 @pytest.fixture(autouse=True)
@@ -168,42 +172,65 @@ def test_the_text_half_of_a_model_that_sees_images(task, tmp_path, monkeypatch, 
     close(ours, the_readme(folder, monkeypatch, capsys)(ids, mask))
 
 
+def test_qwens_first_version_with_its_tokenizer(task, tmp_path, monkeypatch, capsys):
+    base = base_model("qwen1", tmp_path / "base")
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {byte}" for byte in range(256)]
+    (base / "qwen.tiktoken").write_text("\n".join(lines))
+    results, folder = export(train(base, task, tmp_path / "run"), tmp_path / "export")
+    assert results["tokenizer"] and (folder / "qwen.tiktoken").is_file()
+    code = (folder / "README.md").read_text()
+    assert "hub.tokenize(folder, [" in code
+    monkeypatch.setattr(hub, "tokenize", lambda folder, texts, special: [np.array([5, 6]), np.array([7])])  # of the tiny vocabulary
+    the_readme(folder, monkeypatch, capsys)
+
+
 # --------------------------------------------------------------------------- config.json, tokenizer, files
 
 
-def test_texts_are_cut_as_the_run_did(tmp_path, monkeypatch, capsys):
+def specials(file, closing=False):
+    """Makes a tokenizer.json one that begins each text with a special token, and ends it with that too."""
+    tokenizer = json.loads(file.read_text())
+    special, text = {"SpecialToken": {"id": world.EOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokenizer["post_processor"] = {"type": "TemplateProcessing", "pair": [], "single": [special, text, *[special] * closing],
+                                   "special_tokens": {world.EOS: {"id": world.EOS, "ids": [EOS], "tokens": [world.EOS]}}}
+    file.write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("places", ["nothing", "before", "around"])
+def test_texts_are_cut_as_the_run_did(places, tmp_path, monkeypatch, capsys):
+    """With a tokenizer that adds nothing, that begins each text with a special token, or that ends it with one too."""
     base = tmp_path / "base"
     size = len(world.vocabulary())
     tiny.write_model(base, **world.model_config(36, 2, 12, 32), auto_map={"AutoModel": "x.Y"}, id2label={"0": "a", "1": "b", "2": "c"},
                      problem_type="regression")
     for name, content in world.tokenizer_files().items():
         (base / name).write_text(content)
+    if places != "nothing":
+        specials(base / "tokenizer.json", closing=places == "around")
     words = sorted(world.vocabulary())[3:]
     for split, n in (("train", 24), ("test", 8)):
         tiny.write_rows(tmp_path / f"task/{split}.jsonl", [{"text": " ".join(words[i : i + 1 + i % 7]), "label": i % 2} for i in range(n)])
     run = train(base, tmp_path / "task", tmp_path / "run")
     results, folder = export(run, tmp_path / "export")
     config = json.loads((folder / "config.json").read_text())
-    assert results["tokenizer"] and config["pad_token_id"] == world.vocabulary()[world.EOS] and config["vocab_size"] == size
+    # A text that ends with the only special token leaves none for padding.
+    assert results["tokenizer"] and config["pad_token_id"] == (None if places == "around" else EOS) and config["vocab_size"] == size
     assert len(config["id2label"]) == 2 and not {"auto_map", "problem_type"} & config.keys()
     logits = the_readme(folder, monkeypatch, capsys)
     texts = [json.loads(line)["text"] for line in (tmp_path / "task/test.jsonl").read_text().splitlines()]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    assert ids == [d.tolist() for d in hub.tokenize(base, texts)] and "add_special_tokens=False" in (folder / "README.md").read_text()
-    close(np.stack(w2s_jax.load(run).predictions("test").logits.to_list()), logits(*padded(ids, config["pad_token_id"])))
-
-
-def specials(tokenizer: dict) -> None:
-    """Makes a tokenizer.json one that begins each text with token 1."""
-    tokenizer["post_processor"] = {
-        "type": "TemplateProcessing", "pair": [],
-        "single": [{"SpecialToken": {"id": world.EOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "special_tokens": {world.EOS: {"id": world.EOS, "ids": [1], "tokens": [world.EOS]}}}
+    ids = tokenizer(texts)["input_ids"]
+    assert ids == [d.tolist() for d in hub.tokenize(base, texts, special=True)]
+    assert "add_special_tokens" not in (folder / "README.md").read_text()
+    ours = np.stack(w2s_jax.load(run).predictions("test").logits.to_list())
+    if places == "around":
+        close(ours, np.concatenate([logits(*padded([d], 0)) for d in ids]))
+    else:
+        close(ours, logits(*padded(ids, EOS)))
 
 
 @pytest.mark.parametrize("ours, expected", [
-    (lambda ids: ids, (False, "without special tokens")), (lambda ids: [1, *ids], (True, "with special tokens")),
+    (lambda ids: ids, (False, "without special tokens")), (lambda ids: [EOS, *ids], (True, "with the special tokens")),
     (lambda ids: ids[1:], (None, "cuts texts otherwise")), (None, (None, r"does not read \(UserError: .*tokenizer.json: not a tokenizer")),
 ])
 def test_the_readme_says_how_the_run_cut_texts(ours, expected, tmp_path, monkeypatch):
@@ -212,14 +239,15 @@ def test_the_readme_says_how_the_run_cut_texts(ours, expected, tmp_path, monkeyp
 
     for name, content in world.tokenizer_files().items():
         (tmp_path / name).write_text(content)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    specials(content)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content) if ours else "{")
-    if ours:
+    if ours is None:
+        (tmp_path / "tokenizer.json").write_text("{")
+    else:
+        specials(tmp_path / "tokenizer.json")
         plain = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        monkeypatch.setattr(hub, "tokenize", lambda folder, texts: [
+        monkeypatch.setattr(hub, "tokenize", lambda folder, texts, special: [
             np.array(ours(plain(text, add_special_tokens=False)["input_ids"])) for text in texts])
-    tokenizer, special, note = _tokenizer(hub.Folder(str(tmp_path)))
+    tokenizer, special, note, closing = _tokenizer(hub.Folder(str(tmp_path)))
+    assert closing is None
     assert (special if tokenizer is not None else None) == expected[0] and re.search(expected[1], note), note
 
 
@@ -233,12 +261,12 @@ class Tokenizer:
 @pytest.mark.parametrize("tokenizer, raw, expected", [
     (Tokenizer(9, 8, 7), {"pad_token_id": 5}, 9), (Tokenizer(99, 8), {"pad_token_id": 5}, 5), (Tokenizer(None, 8), {"eos_token_id": 2}, 8),
     (None, {"pad_token_id": -1, "eos_token_id": [3, 4]}, 3), (None, {"pad_token_id": 50, "bos_token_id": 1}, 1),
-    (None, {"eos_token_id": []}, None), (Tokenizer(), {"bos_token_id": True}, None),
+    (None, {"eos_token_id": []}, None), (Tokenizer(), {"bos_token_id": True}, None), (Tokenizer(6, 6, 7), {}, 7),
 ])
 def test_the_padding_token_of_a_decoder_is_one_of_its_vocabulary(tokenizer, raw, expected):
     from w2s_jax.stages.export import _padding
 
-    assert _padding(raw, tokenizer, tiny.config(vocab_size=50))[0] == expected
+    assert _padding(raw, tokenizer, tiny.config(vocab_size=50), closing=6)[0] == expected
 
 
 @pytest.fixture(scope="module")

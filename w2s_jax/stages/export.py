@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from w2s_jax import __version__, hub, models, runlog, workload
+from w2s_jax import __version__, hub, models, registry, runlog, workload
 from w2s_jax.errors import UserError
 from w2s_jax.files import plain
 from w2s_jax.models import weights
@@ -76,7 +76,7 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
             weights.write(target, {name: counted(entry) for name, entry in tensors.items()}, files, loaded.folder)
         results = {
             "class": form.name, "kind": form.kind, "classes": loaded.model.classes, "readout": loaded.model.readout,
-            "dtype": form.raw["dtype"], "pad_token_id": form.pad, "tokenizer": form.tokenizer is not None,
+            "dtype": form.raw["dtype"], "pad_token_id": form.pad, "tokenizer": _has_tokenizer(loaded.folder),
             "parameters": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(loaded.model.abstract)),
             "bytes": sum(entry.size for entry in tensors.values()), "seconds": time.perf_counter() - start}
         run_.finish(results)
@@ -97,7 +97,7 @@ def _where(config, source):
     with full.unlocked(), full.ignore_type():
         full.mesh, full.attention = config.mesh, "auto"
         full.revision = source.record.get("revision") or full.revision
-    return full
+    return registry.fill(full)
 
 
 # --------------------------------------------------------------------------- the form
@@ -138,8 +138,11 @@ def _form(loaded: workload.Loaded, dtype: str) -> Form:
     else:
         kind = "backbone"
         reason = f"{name} reads otherwise than readout={model.readout!r} does, so this is {base}"
-    tokenizer, special, cut = _tokenizer(loaded.folder)
-    pad, pad_from = _padding(raw, tokenizer, arch)
+    if kind == "own" and _has_tokenizer(loaded.folder):
+        tokenizer, special, cut, closing = None, True, "Texts are cut by w2s_jax's reader of the tokenizer's files.", None
+    else:
+        tokenizer, special, cut, closing = _tokenizer(loaded.folder)
+    pad, pad_from = _padding(raw, tokenizer, arch, closing)
     labels = [str(i) for i in range(model.classes)]
     dropped = [k for k in DROPPED if not (kind == "own" and k == "auto_map")]
     raw = {k: v for k, v in raw.items() if k not in dropped} | {
@@ -164,28 +167,34 @@ def _text_half(raw: dict, arch) -> tuple[dict, Family]:
     return raw, family
 
 
-def _tokenizer(folder: hub.Folder) -> tuple[Any, bool, str]:
-    """transformers' tokenizer of a folder, None where it does not cut texts as the run did; whether a text gets special tokens
-    from it; and this in words."""
-    if not any(file for pattern in hub.TOKENIZER_FILES for file in Path(folder).glob(pattern)):
-        return None, False, "The base model has no tokenizer: documents are token ids, as the run had them."
+def _has_tokenizer(folder) -> bool:
+    return any(file for pattern in hub.TOKENIZER_FILES for file in Path(folder).glob(pattern))
+
+
+def _tokenizer(folder: hub.Folder) -> tuple[Any, bool, str, int | None]:
+    """transformers' tokenizer of a folder, None where it does not cut texts as the run did; whether with the special tokens that
+    it adds by itself; this in words; and the special token that it puts behind a text, if any."""
+    if not _has_tokenizer(folder):
+        return None, False, "The base model has no tokenizer: documents are token ids, as the run had them.", None
     from transformers import AutoTokenizer, logging
 
     logging.set_verbosity_error()
     try:
-        ours = hub.tokenize(folder, [SAMPLE])[0].tolist()
+        ours = hub.tokenize(folder, [SAMPLE], special=True)[0].tolist()
+        closing = ours[-1] if hub.closing_tokens(folder) else None
         tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-        for special in (False, True):
+        for special, which in ((True, "with the special tokens that it adds by itself, if any"), (False, "without special tokens")):
             if tokenizer(SAMPLE, add_special_tokens=special)["input_ids"] == ours:
-                return tokenizer, special, f"The run cut texts with this tokenizer, {'with' if special else 'without'} special tokens."
+                return tokenizer, special, f"The run cut texts with this tokenizer, {which}.", closing
         why = "cuts texts otherwise than w2s_jax does"
     except Exception as error:  # libraries raise of all kinds, and the run may have had token ids only
         why = f"does not read ({' '.join(f'{type(error).__name__}: {error}'.split())[:120]})"
-    return None, False, f"The tokenizer's files are copied, but transformers {why}: give token ids, as the run had them."
+    return None, False, f"The tokenizer's files are copied, but transformers {why}: give token ids, as the run had them.", None
 
 
-def _padding(raw: dict, tokenizer, arch) -> tuple[int | None, str]:
-    """The padding token and what it is else. A decoder's class finds a document's end by it, so it is one that ends no text."""
+def _padding(raw: dict, tokenizer, arch, closing: int | None = None) -> tuple[int | None, str]:
+    """The padding token and what it is else. A decoder's class finds a document's end by it, so it is one that ends no text:
+    not the tokenizer's `closing` token either."""
     def first(value):
         return value[0] if isinstance(value, list) and value else value
 
@@ -196,7 +205,7 @@ def _padding(raw: dict, tokenizer, arch) -> tuple[int | None, str]:
         (getattr(tokenizer, "pad_token_id", None), "the tokenizer's padding token"), (own, "the base model's"),
         (getattr(tokenizer, "eos_token_id", None), "the tokenizer's end of text"), (first(raw.get("eos_token_id")), "the end of text"),
         (getattr(tokenizer, "bos_token_id", None), "the tokenizer's start of text"), (first(raw.get("bos_token_id")), "the start of text")]
-    usable = [(i, what) for i, what in candidates if type(i) is int and 0 <= i < arch.vocab]
+    usable = [(i, what) for i, what in candidates if type(i) is int and 0 <= i < arch.vocab and i != closing]
     return usable[0] if usable else (None, "")
 
 
@@ -281,12 +290,12 @@ _TEXTS = """
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 {pad}texts = [{texts}]
-batch = tokenizer(texts, add_special_tokens={special}, padding=True, padding_side="right", return_tensors="pt")
+batch = tokenizer(texts, {options}return_tensors="pt")
 print(logits(batch["input_ids"], batch["attention_mask"]))
 """
 _IDS = """
 
-documents = [{ids}]  # token ids
+documents = {documents}
 longest = max(map(len, documents))
 input_ids = [ids + [{pad}] * (longest - len(ids)) for ids in documents]
 attention_mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in documents]
@@ -308,10 +317,17 @@ def _snippet(form: Form, loaded: workload.Loaded) -> str:
         readout=model.readout, classes=model.classes, dtype=form.raw["dtype"])
     alone = form.kind == "classifier" and form.pad is None
     if texts:
-        pad = "" if form.tokenizer.pad_token_id == form.pad or alone else f"tokenizer.pad_token_id = {form.pad}\n"
-        return head + _TEXTS.format(pad=pad, special=form.special, texts='"A text."' if alone else '"A text.", "And another one."')
-    return head + _IDS.format(ids="[3, 1, 2]" if alone else "[3, 1, 2], [1, 2]", pad=form.pad or 0,
-                              convert="np.array" if form.kind == "own" else "torch.tensor")
+        options = "" if form.special else "add_special_tokens=False, "
+        if alone:
+            return head + _TEXTS.format(pad="", options=options, texts='"A text."')
+        pad = "" if form.tokenizer.pad_token_id == form.pad else f"tokenizer.pad_token_id = {form.pad}\n"
+        options += 'padding=True, padding_side="right", '
+        return head + _TEXTS.format(pad=pad, options=options, texts='"A text.", "And another one."')
+    documents = "[[3, 1, 2]]  # token ids" if alone else "[[3, 1, 2], [1, 2]]  # token ids"
+    if form.kind == "own" and form.special:
+        head = head.replace("from w2s_jax import models", "from w2s_jax import hub, models")
+        documents = '[ids.tolist() for ids in hub.tokenize(folder, ["A text.", "And another one."], special=True)]'
+    return head + _IDS.format(documents=documents, pad=form.pad or 0, convert="np.array" if form.kind == "own" else "torch.tensor")
 
 
 def readme(form: Form, loaded: workload.Loaded, source) -> str:
