@@ -179,6 +179,7 @@ def _tokenizer(folder: hub.Folder) -> tuple[Any, bool, str, int | None]:
     from transformers import AutoTokenizer, logging
 
     logging.set_verbosity_error()
+    closing = None
     try:
         ours = hub.tokenize(folder, [SAMPLE], special=True)[0].tolist()
         closing = ours[-1] if hub.closing_tokens(folder) else None
@@ -189,7 +190,7 @@ def _tokenizer(folder: hub.Folder) -> tuple[Any, bool, str, int | None]:
         why = "cuts texts otherwise than w2s_jax does"
     except Exception as error:  # libraries raise of all kinds, and the run may have had token ids only
         why = f"does not read ({' '.join(f'{type(error).__name__}: {error}'.split())[:120]})"
-    return None, False, f"The tokenizer's files are copied, but transformers {why}: give token ids, as the run had them.", None
+    return None, False, f"The tokenizer's files are copied, but transformers {why}: give token ids, as the run had them.", closing
 
 
 def _padding(raw: dict, tokenizer, arch, closing: int | None = None) -> tuple[int | None, str]:
