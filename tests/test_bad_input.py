@@ -112,6 +112,9 @@ EARLY = {  # answered before jax is imported
     "run to label without config.json": (lambda b: b.label(run=b.made.task), "config.run", "config.json"),
     "run to label that is unfinished": (spoilt.unfinished, "run=", "results.json"),
     "run to label that only pretrained": (lambda b: b.label(run=b.made.pretrained), "run=", "'pretrain'", "finetune"),
+    "run to export that only pretrained": (
+        lambda b: b.stage("export", f"--config.run={b.made.pretrained}"), "run=", "'pretrain'", "finetune"),
+    "run to export that is a labelling": (lambda b: b.stage("export", f"--config.run={b.made.labels}"), "run=", "'label'", "finetune"),
     # sweeps
     "sweep of one model": (lambda b: b.stage("sweep", f"--config.models={b.made.model},"), "config.models", "at least two"),
     "sweep with too few learning rates": (
@@ -193,6 +196,8 @@ LATE = {
     "file to label of another vocabulary": (
         lambda b: b.label(f"--config.file={b.file('more.jsonl', jsonl([{'input_ids': [77]}]))}"), "more/more/0/0", "77", "0 to 49"),
     "part to label that is empty": (lambda b: b.label("--config.split=val"), "'val'", "n_val=0"),
+    "workdir of an export that holds somebody's model": (
+        lambda b: b.model_at("workdir/model") and b.stage("export", f"--config.run={b.made.run}"), "--workdir", "holds model/"),
     # devices and run directories
     "mesh larger than the devices": (lambda b: b.finetune("--config.mesh.fsdp=16"), "mesh", "'fsdp': 16", "8 devices"),
     "mesh that does not divide the devices": (

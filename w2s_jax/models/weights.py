@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from w2s_jax.errors import UserError
+from w2s_jax.files import is_object_store
 from w2s_jax.hub import TOKENIZER_FILES
 
 INDEX = "model.safetensors.index.json"
@@ -308,9 +310,15 @@ def save(folder, params: dict, raw: dict, config, family, tokenizer_files_from=N
     write(folder, entries(params, config, family), {"config.json": json.dumps(raw, indent=2, sort_keys=True) + "\n"}, tokenizer_files_from)
 
 
-def write(folder, tensors: dict[str, Entry], texts: dict[str, str], tokenizer_files_from=None) -> None:
-    """A folder with `tensors` in model.safetensors (several files and an index above SHARD bytes), `texts` by file name, and
-    the tokenizer files of another folder. Atomic: it appears, or replaces another, when everything is written."""
+def write(folder, tensors: dict[str, Entry], files: dict[str, str | bytes], tokenizer_files_from=None) -> None:
+    """A folder with `tensors` in model.safetensors (several files and an index above SHARD bytes), `files` by name, and the
+    tokenizer files of another folder. Atomic: it appears, or replaces another, when everything is written. In an object store,
+    which renames nothing, it is written here first and copied then."""
+    if is_object_store(folder):
+        with tempfile.TemporaryDirectory() as local:
+            write(Path(local) / "model", tensors, files, tokenizer_files_from)
+            _upload(Path(local) / "model", epath.Path(folder))
+        return
     shards: list[list[str]] = [[]]
     size = 0
     for name, entry in tensors.items():
@@ -319,20 +327,21 @@ def write(folder, tensors: dict[str, Entry], texts: dict[str, str], tokenizer_fi
             size = 0
         shards[-1].append(name)
         size += entry.size
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
 
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        for file, names in zip(files, shards):
-            save_file({name: tensors[name].get() for name in names}, temporary / file, metadata={"format": "pt"})
+        for file, shard in zip(names, shards):
+            save_file({name: tensors[name].get() for name in shard}, temporary / file, metadata={"format": "pt"})
+            os.chmod(temporary / file, 0o666 & ~_umask())  # the library makes it the owner's alone
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(e.size for e in tensors.values())},
-                     "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+                     "weight_map": {name: file for file, shard in zip(names, shards) for name in shard}}
             (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for name, text in texts.items():
-            (temporary / name).write_text(text)
+        for name, content in files.items():
+            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
         for pattern in TOKENIZER_FILES if tokenizer_files_from else ():
             for file in Path(tokenizer_files_from).glob(pattern):
                 shutil.copyfile(file, temporary / file.name)
@@ -346,6 +355,16 @@ def write(folder, tensors: dict[str, Entry], texts: dict[str, str], tokenizer_fi
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _upload(folder: Path, target: epath.Path) -> None:
+    """Replace what lies under `target` by the files of a folder."""
+    if target.exists():
+        target.rmtree()
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as source, (target / file.name).open("wb") as sink:
+            shutil.copyfileobj(source, sink)
 
 
 def _umask() -> int:

@@ -7,7 +7,7 @@ import importlib
 from w2s_jax import registry
 from w2s_jax.errors import UserError, nearest
 
-STAGES = {name: f"w2s_jax.stages.{name}" for name in ("finetune", "label", "pretrain", "sweep", "report", "benchmark")}
+STAGES = {name: f"w2s_jax.stages.{name}" for name in ("finetune", "label", "export", "pretrain", "sweep", "report", "benchmark")}
 
 
 def run(config, workdir, **options) -> dict:
@@ -34,14 +34,14 @@ def prepare(config) -> dict:
     """Options for `run`: what can be read and checked of a stage's input before jax is imported (see `main.py`).
 
     Raises:
-        UserError: documents, labels, a run to label with, or the lists of a sweep are not what the stage needs.
+        UserError: documents, labels, a run to label with or to export, or the lists of a sweep are not what the stage needs.
     """
     if config.stage == "finetune":
         from w2s_jax.data import labels, splits
 
         prepared = splits.prepare(config)
         return {"prepared": prepared, "labels": labels.read(config.labels) if config.labels else None}
-    if config.stage == "label":
+    if config.stage in ("label", "export"):
         from w2s_jax import runlog
 
         runlog.load_done(config.run, "finetune")
