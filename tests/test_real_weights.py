@@ -44,7 +44,8 @@ def read_llama2c(file) -> tuple[dict, dict]:
     if vocab < 0:
         take(2 * length, dim // heads // 2)  # tables of the rotary embedding
         tensors["lm_head.weight"] = take(-vocab, dim)
-    return {"model_type": "llama", "hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+    return {"model_type": "llama", "hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads,
             "num_key_value_heads": kv_heads, "vocab_size": abs(vocab), "max_position_embeddings": length, "rms_norm_eps": 1e-5,
             "hidden_act": "silu", "tie_word_embeddings": vocab > 0}, tensors
 
