@@ -127,8 +127,8 @@ def to_qwen1(folder) -> None:
     save_file(out, folder / "model.safetensors")
     heads = raw["num_attention_heads"]
     (folder / "config.json").write_text(json.dumps({  # the keys of Qwen/Qwen-1_8B's
-        "architectures": ["QWenLMHeadModel"], "attn_dropout_prob": 0.0, "bf16": False, "emb_dropout_prob": 0.0, "fp16": False,
-        "fp32": False,
+        "architectures": ["QWenLMHeadModel"], "attn_dropout_prob": 0.0, "bf16": False, "emb_dropout_prob": 0.0, "eos_token_id": 2,
+        "fp16": False, "fp32": False,
         "hidden_size": raw["hidden_size"], "intermediate_size": 2 * raw["intermediate_size"], "initializer_range": 0.02,
         "kv_channels": raw["hidden_size"] // heads, "layer_norm_epsilon": raw["rms_norm_eps"],
         "max_position_embeddings": raw["max_position_embeddings"], "model_type": "qwen", "no_bias": True, "num_attention_heads": heads,

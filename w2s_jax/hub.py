@@ -5,6 +5,7 @@ Weights are only ever read from safetensors: nothing here unpickles or runs a ch
 
 import base64
 import hashlib
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -154,6 +155,15 @@ def vocabulary_size(folder: str | os.PathLike) -> int:
     if (fast := _fast(Path(folder))) is not None:
         return max(fast.get_vocab(with_added_tokens=True).values()) + 1
     return max(_slow(str(folder)).get_vocab().values()) + 1
+
+
+def tiktoken_as_json(folder: str | os.PathLike) -> dict[str, str] | None:
+    """Files that make a folder's *.tiktoken a tokenizer that transformers reads, by name; None where there is none, or no need."""
+    if (Path(folder) / "tokenizer.json").is_file() or not list(Path(folder).glob("*.tiktoken")):
+        return None
+    end = "<|endoftext|>"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end, "clean_up_tokenization_spaces": False}
+    return {"tokenizer.json": _fast(Path(folder)).to_str(), "tokenizer_config.json": json.dumps(config, indent=1) + "\n"}
 
 
 def _fast(folder: Path):

@@ -379,7 +379,8 @@ def runs(root, depth: int = 4) -> list[tuple[epath.Path, str]]:
     found = [(path, state(path))] if any((path / name).exists() for name in ("config.json", "results.json", ".owner")) else []
     if depth:
         for child in sorted(path.iterdir()):
-            if not child.name.startswith(".") and child.name not in OWNED and child.is_dir():
+            # What stages write into a run directory holds no runs; model/ has a config.json, but it is a model's.
+            if not child.name.startswith(".") and child.name not in (*OWNED, "model") and child.is_dir():
                 found += runs(child, depth - 1)
     return found
 

@@ -175,16 +175,16 @@ def precision(config):
     return jax.default_matmul_precision(None if config.matmul_precision == "default" else config.matmul_precision)
 
 
-def _build(config, head: str) -> tuple[models.Model, hub.Folder]:
-    folder = hub.resolve(config.model, config.revision)
+def _build(config, folder: hub.Folder, head: str) -> models.Model:
     return models.build(
         models.read_config(folder), head=head, dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat,
-        attention=config.attention, dropout=float(config.get("dropout", 0.0)), readout=config.readout, head_init=config.head_init), folder
+        attention=config.attention, dropout=float(config.get("dropout", 0.0)), readout=config.readout, head_init=config.head_init)
 
 
 def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
     """Build and load `config.model` on `config.mesh`; `seed` initialises the head."""
-    model, folder = _build(config, head)
+    folder = hub.resolve(config.model, config.revision)
+    model = _build(config, folder, head)
     mesh = mesh_lib.make_mesh(config.mesh)
     shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
     params = models.load(folder, model, shardings, jax.random.key(seed))
@@ -206,19 +206,17 @@ def restore(source: runlog.LoadedRun, config=None) -> Loaded:
         steps = checkpoints.steps()
         if not steps:
             raise UserError(f"run={source.path}: has no checkpoint (keep={trained.get('keep')!r}); expected one with keep=params or all")
-        base = trained.copy_and_resolve_references()
-        if commit := source.record.get("revision"):
-            with base.unlocked():
-                base.revision = commit
-        model, folder = _build(config, "classifier")
+        revision = source.record.get("revision") or trained.revision  # the commit that it was trained from, wherever main is now
+        folder = hub.resolve(trained.model, revision)
+        model = _build(config, folder, "classifier")
         mesh = mesh_lib.make_mesh(config.mesh)
         shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
         wanted, rest = train.split_params(model.abstract, trained.train)
         params, _ = checkpoints.restore(steps[0], ckpt.abstract(wanted, train.split_params(shardings, trained.train)[0]))
         if rest:
-            now, then = fingerprint_model(base.model, base.revision), source.record["identity"]["model"]
+            now, then = fingerprint_model(trained.model, revision), source.record["identity"]["model"]
             if now != then:
-                raise UserError(f"run={source.path}: its base model {base.model} is {now}, expected {then}: the files changed since")
+                raise UserError(f"run={source.path}: its base model {trained.model} is {now}, expected {then}: the files changed since")
             whole = models.load(folder, model, shardings, jax.random.key(trained.seed))
             params = train.merge_params(params, train.split_params(whole, trained.train)[1])
     finally:

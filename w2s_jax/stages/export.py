@@ -7,7 +7,9 @@ compute the run's logits (tests/test_export.py runs them).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from w2s_jax import __version__, hub, models, registry, runlog, workload
 from w2s_jax.errors import UserError
 from w2s_jax.files import plain
 from w2s_jax.models import weights
-from w2s_jax.models.families import Family
+from w2s_jax.models.families import Family, qwen1
 from w2s_jax.progress import Progress, say
 from w2s_jax.runlog import Run
 
@@ -56,9 +58,16 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
         raise UserError(f"--workdir={workdir}: holds model/ but no config.json, so it is no run of this program; choose another")
 
     loaded = workload.restore(source, _where(config, source))
-    form = _form(loaded, source.config.param_dtype)
+    with _tokenizer_files(loaded.folder) as tokenizer_files:
+        return _run(config, workdir, source, loaded, tokenizer_files, ident, rerun, start)
+
+
+def _run(config, workdir, source, loaded: workload.Loaded, tokenizer_files: str, ident: dict, rerun: bool, start: float) -> dict:
+    target = epath.Path(workdir).expanduser() / "model"
+    raw, arch, family, params = _as_transformers_has_it(loaded)
+    form = _form(loaded, raw, family, tokenizer_files, source.config.param_dtype)
     head = _head(loaded, form)
-    tensors = weights.entries(loaded.params, loaded.model.config, form.family)
+    tensors = weights.entries(params, arch, form.family)
     files = {"config.json": json.dumps(form.raw, indent=2, sort_keys=True) + "\n", "README.md": readme(form, loaded, source)}
     if form.kind == "classifier":
         tensors |= {name: weights.Entry(array.nbytes, lambda array=array: array) for name, array in head.items()}
@@ -73,10 +82,10 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
             def counted(entry):
                 return entry._replace(get=lambda: progress.update() or entry.get())
 
-            weights.write(target, {name: counted(entry) for name, entry in tensors.items()}, files, loaded.folder)
+            weights.write(target, {name: counted(entry) for name, entry in tensors.items()}, files, tokenizer_files)
         results = {
             "class": form.name, "kind": form.kind, "classes": loaded.model.classes, "readout": loaded.model.readout,
-            "dtype": form.raw["dtype"], "pad_token_id": form.pad, "tokenizer": _has_tokenizer(loaded.folder),
+            "dtype": form.raw["dtype"], "pad_token_id": form.pad, "tokenizer": _has_tokenizer(tokenizer_files),
             "parameters": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(loaded.model.abstract)),
             "bytes": sum(entry.size for entry in tensors.values()), "seconds": time.perf_counter() - start}
         run_.finish(results)
@@ -107,10 +116,9 @@ def _where(config, source):
 class Form:
     """How a run is written.
 
-    `kind`: classifier (transformers' class for it) | backbone (its base class and score.safetensors) | own (transformers has
-    no class at all). `name`: the class; `reason`: why it is no classifier. `family`: whose names the tensors get. `raw`:
-    config.json. `pad`: id of the padding token, None = there is none; `pad_from`: what it is else. `tokenizer`, `special`,
-    `cut`: see `_tokenizer`.
+    `kind`: classifier (transformers' class for it) | backbone (its base class and score.safetensors). `name`: the class;
+    `reason`: why it is no classifier. `family`: whose names the tensors get. `raw`: config.json. `pad`: id of the padding
+    token, None = there is none; `pad_from`: what it is else. `tokenizer`, `special`, `cut`: see `_tokenizer`.
     """
 
     kind: str
@@ -125,27 +133,19 @@ class Form:
     cut: str
 
 
-def _form(loaded: workload.Loaded, dtype: str) -> Form:
+def _form(loaded: workload.Loaded, raw: dict, family: Family, tokenizer_files: str, dtype: str) -> Form:
     model, arch = loaded.model, loaded.model.config
-    raw, family = _text_half(models.read_raw(loaded.folder), arch)
     name = family.classifier[0]
     base = name.replace("ForSequenceClassification", "Model")
-    if not name:
-        kind, base = "own", (raw.get("architectures") or [arch.family])[0]
-        reason = f"transformers has no class of its own for the family {arch.family!r}"
-    elif model.readout == arch.readout and model.pooled == bool(arch.pooler):
+    if model.readout == arch.readout and model.pooled == bool(arch.pooler):
         kind, base, reason = "classifier", name, ""
     else:
         kind = "backbone"
         reason = f"{name} reads otherwise than readout={model.readout!r} does, so this is {base}"
-    if kind == "own" and _has_tokenizer(loaded.folder):
-        tokenizer, special, cut, closing = None, True, "Texts are cut by w2s_jax's reader of the tokenizer's files.", None
-    else:
-        tokenizer, special, cut, closing = _tokenizer(loaded.folder)
+    tokenizer, special, cut, closing = _tokenizer(tokenizer_files)
     pad, pad_from = _padding(raw, tokenizer, arch, closing)
     labels = [str(i) for i in range(model.classes)]
-    dropped = [k for k in DROPPED if not (kind == "own" and k == "auto_map")]
-    raw = {k: v for k, v in raw.items() if k not in dropped} | {
+    raw = {k: v for k, v in raw.items() if k not in DROPPED} | {
         "architectures": [base], "dtype": dtype, "id2label": {i: i for i in labels}, "label2id": {i: int(i) for i in labels}}
     if arch.causal:  # always said: the class has a default of its own
         raw["pad_token_id"] = pad
@@ -154,24 +154,43 @@ def _form(loaded: workload.Loaded, dtype: str) -> Form:
     return Form(kind, base, reason, family, raw, pad, pad_from, tokenizer, special, cut)
 
 
-def _text_half(raw: dict, arch) -> tuple[dict, Family]:
-    """config.json and family of what is written: of a model that sees images too, the text half is a model of its own."""
-    if raw["model_type"] != "gemma3":
-        return raw, models.FAMILIES[raw["model_type"]]
-    from transformers import Gemma3TextConfig  # knows what a text_config leaves out
+def _as_transformers_has_it(loaded: workload.Loaded) -> tuple[dict, models.Architecture, Family, dict]:
+    """config.json, architecture, family and params of what is written: transformers has some models as another family.
 
-    raw = Gemma3TextConfig(**raw["text_config"]).to_dict()
-    raw["architectures"] = None
-    family = models.FAMILIES["gemma3_text"]
-    assert models.parse(raw, "text_config") == replace(arch, family="gemma3_text"), "the text half reads otherwise on its own"
-    return raw, family
+    Of a Gemma 3 that sees images too, the text half is a model of its own; Qwen's first version is a Qwen2 with other names.
+    """
+    raw, arch, params = models.read_raw(loaded.folder), loaded.model.config, loaded.params
+    if raw["model_type"] == "gemma3":
+        from transformers import Gemma3TextConfig  # knows what a text_config leaves out
+
+        raw, same = Gemma3TextConfig(**raw["text_config"]).to_dict(), replace(arch, family="gemma3_text")
+        raw["architectures"] = None
+    elif raw["model_type"] == "qwen":
+        (raw, params), same = qwen1.as_qwen2(raw, arch, params), replace(arch, family="qwen2", qkv="split")
+    else:
+        return raw, arch, models.FAMILIES[arch.family], params
+    assert models.parse(raw, "export") == same, "what is written would be another model"
+    return raw, same, models.FAMILIES[same.family], params
+
+
+@contextlib.contextmanager
+def _tokenizer_files(folder: hub.Folder):
+    """The folder whose tokenizer files are handed on; made for the while where transformers does not read the base model's."""
+    made = hub.tiktoken_as_json(folder)
+    if made is None:
+        yield folder.path
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, content in made.items():
+            (Path(temporary) / name).write_text(content)
+        yield temporary
 
 
 def _has_tokenizer(folder) -> bool:
     return any(file for pattern in hub.TOKENIZER_FILES for file in Path(folder).glob(pattern))
 
 
-def _tokenizer(folder: hub.Folder) -> tuple[Any, bool, str, int | None]:
+def _tokenizer(folder: str) -> tuple[Any, bool, str, int | None]:
     """transformers' tokenizer of a folder, None where it does not cut texts as the run did; whether with the special tokens that
     it adds by itself; this in words; and the special token that it puts behind a text, if any."""
     if not _has_tokenizer(folder):
@@ -183,7 +202,7 @@ def _tokenizer(folder: hub.Folder) -> tuple[Any, bool, str, int | None]:
     try:
         ours = hub.tokenize(folder, [SAMPLE], special=True)[0].tolist()
         closing = ours[-1] if hub.closing_tokens(folder) else None
-        tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         for special, which in ((True, "with the special tokens that it adds by itself, if any"), (False, "without special tokens")):
             if tokenizer(SAMPLE, add_special_tokens=special)["input_ids"] == ours:
                 return tokenizer, special, f"The run cut texts with this tokenizer, {which}.", closing
@@ -265,28 +284,6 @@ _READ = {
     "first": "x = x[:, 0]  # the first token",
     "mean": "x = (x * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)  # the mean of the real tokens",
 }
-_OWN = """\
-import jax
-import numpy as np
-from safetensors.numpy import load_file
-from w2s_jax import models
-
-folder = "."  # where this file lies
-model = models.build(models.read_config(folder), head="classifier", classes={classes}, param_dtype="{dtype}", readout="{readout}")
-params = models.load(folder, model)
-params["head"] = {{"kernel": load_file(f"{{folder}}/score.safetensors")["score.weight"].T}}
-
-
-def logits(input_ids, attention_mask):
-    \"\"\"Token ids, padded on the right, and 1 where they are real, [documents, tokens] -> [documents, classes].\"\"\"
-    real = np.asarray(attention_mask)
-    documents, time = real.shape
-    batch = {{
-        "tokens": input_ids, "segments": real * np.arange(1, documents + 1)[:, None], "positions": real.cumsum(1) * real - real,
-        "documents": np.arange(documents), "last": np.arange(documents) * time + real.sum(1) - 1,
-    }}
-    return jax.jit(model.apply)(params, {{name: np.asarray(array, np.int32)[None] for name, array in batch.items()}})[0]
-"""
 _TEXTS = """
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -300,22 +297,21 @@ documents = {documents}
 longest = max(map(len, documents))
 input_ids = [ids + [{pad}] * (longest - len(ids)) for ids in documents]
 attention_mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in documents]
-print(logits({convert}(input_ids), {convert}(attention_mask)))
+print(logits(torch.tensor(input_ids), torch.tensor(attention_mask)))
 """
 
 
 def _snippet(form: Form, loaded: workload.Loaded) -> str:
     """Lines of Python that define `logits` and call it, run in the folder."""
-    model, texts = loaded.model, form.tokenizer is not None and form.kind != "own"
-    auto = {"classifier": "AutoModelForSequenceClassification", "backbone": "AutoModel", "own": ""}[form.kind]
+    model, texts = loaded.model, form.tokenizer is not None
+    auto = {"classifier": "AutoModelForSequenceClassification", "backbone": "AutoModel"}[form.kind]
     options = ["dtype=torch.float32"]
     if model.config.attention_cap is not None:  # the only implementation that has it
         options.append('attn_implementation="eager"')
     if form.kind == "backbone" and form.family.model_type in ("bert", "roberta"):
         options.append("add_pooling_layer=False")
-    head = {"classifier": _CLASSIFIER, "backbone": _BACKBONE, "own": _OWN}[form.kind].format(
-        imports=", ".join([auto] + ["AutoTokenizer"] * texts), options=", ".join(options), read=_READ[model.readout],
-        readout=model.readout, classes=model.classes, dtype=form.raw["dtype"])
+    head = {"classifier": _CLASSIFIER, "backbone": _BACKBONE}[form.kind].format(
+        imports=", ".join([auto] + ["AutoTokenizer"] * texts), options=", ".join(options), read=_READ[model.readout])
     alone = form.kind == "classifier" and form.pad is None
     if texts:
         options = "" if form.special else "add_special_tokens=False, "
@@ -325,10 +321,7 @@ def _snippet(form: Form, loaded: workload.Loaded) -> str:
         options += 'padding=True, padding_side="right", '
         return head + _TEXTS.format(pad=pad, options=options, texts='"A text.", "And another one."')
     documents = "[[3, 1, 2]]  # token ids" if alone else "[[3, 1, 2], [1, 2]]  # token ids"
-    if form.kind == "own" and form.special:
-        head = head.replace("from w2s_jax import models", "from w2s_jax import hub, models")
-        documents = '[ids.tolist() for ids in hub.tokenize(folder, ["A text.", "And another one."], special=True)]'
-    return head + _IDS.format(documents=documents, pad=form.pad or 0, convert="np.array" if form.kind == "own" else "torch.tensor")
+    return head + _IDS.format(documents=documents, pad=form.pad or 0)
 
 
 def readme(form: Form, loaded: workload.Loaded, source) -> str:
@@ -338,8 +331,8 @@ def readme(form: Form, loaded: workload.Loaded, source) -> str:
     notes = []
     if form.reason:
         notes.append(f"{form.reason[0].upper()}{form.reason[1:]}, with the head (float32, no bias) in `{SCORE}`.")
-    if form.kind == "own":
-        notes.append("Only w2s_jax, and the hub's remote code for the family, read this folder.")
+    if form.raw["model_type"] != model.config.family:
+        notes.append(f"The base model's family is {model.config.family!r}; transformers computes the same as {form.raw['model_type']!r}.")
     notes.append(form.cut)
     notes.append(f"A document has at most {model.config.max_positions} tokens; the run had max_length={trained.max_length}, "
                  f"overlong={trained.overlong}.")

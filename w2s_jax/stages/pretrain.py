@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +23,6 @@ from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import corpus as corpus_lib
 from w2s_jax.data import packing, world
 from w2s_jax.errors import UserError
-from w2s_jax.files import is_object_store
 from w2s_jax.progress import say
 from w2s_jax.runlog import Run
 
@@ -177,20 +175,6 @@ def facts_known(config, model, params, mesh, folder, stats: dict) -> dict:
     return {"facts_known": float(known.mean()), "facts_known_by_quarter": [float(q.mean()) for q in np.array_split(known, 4)]}
 
 
-def _save(run_, params, raw, folder) -> None:
-    """`<workdir>/model/`, through a temporary folder where the run directory is in an object store."""
-    target = epath.Path(run_.path) / "model"
-    if not is_object_store(target):
-        models.save(target, params, raw, tokenizer_files_from=folder)
-        return
-    with tempfile.TemporaryDirectory() as local:
-        models.save(Path(local) / "model", params, raw, tokenizer_files_from=folder)
-        target.mkdir(parents=True, exist_ok=True)
-        for file in sorted((Path(local) / "model").iterdir()):
-            with file.open("rb") as source, (target / file.name).open("wb") as sink:
-                shutil.copyfileobj(source, sink)
-
-
 # --------------------------------------------------------------------------- the run
 
 
@@ -233,7 +217,7 @@ def _run(config, workdir, text, folder, identity_: dict, rerun: bool, start: flo
         results = heldout(params) if held else {}
         if config.corpus == WORLD:
             results |= facts_known(config, model, params, mesh, folder, stats)
-        _save(run_, params, raw, folder)
+        models.save(epath.Path(run_.path) / "model", params, raw, tokenizer_files_from=folder)
         results |= {
             "n_heldout": len(held), "n_train": len(fit), "passes": passes, "steps": config.steps, "parameters": parameters,
             "corpus": counts | {"files_left_out": len(text.left_out) if text else 0}, "tokens_trained": plan.useful,

@@ -5,6 +5,7 @@ gate and w1 the other half of the MLP, whose `intermediate_size` counts both hal
 would scale rotary base (dynamic NTK) and queries (log n) with the text, no document is taken.
 """
 
+from w2s_jax.errors import UserError
 from w2s_jax.models.architecture import Architecture, Kind
 from w2s_jax.models.families.family import Family
 from w2s_jax.models.families.reader import Fields
@@ -45,5 +46,25 @@ def read(f: Fields) -> Architecture:
     )
 
 
-# transformers has no class of its own for version 1: an export is a backbone beside its score.
 FAMILY = Family("qwen", read, NAMES, ("transformer.",), r".*\.rotary_emb\.inv_freq|.*\.attn\.masked_bias|lm_head\.weight", ("", ""))
+
+
+def as_qwen2(raw: dict, arch: Architecture, params: dict) -> tuple[dict, dict]:
+    """config.json and params of the same model as a Qwen2, which transformers has a class for: the fused projection in three.
+
+    UserError: a variant with biases that Qwen2 has no place for (no published checkpoint is one).
+    """
+    if arch.out_bias or arch.mlp_bias:
+        raise UserError("no_bias=False: Qwen2, as which Qwen's first version is written, has no such biases; expected no_bias=True")
+    layers = dict(params["backbone"]["layers"])
+    width = arch.heads * arch.head_dim
+    parts = {name: {kind: leaf[..., i * width : (i + 1) * width] for kind, leaf in layers["attn"]["qkv"].items()}
+             for i, name in enumerate("qkv")}
+    layers["attn"] = parts | {"out": layers["attn"]["out"]}
+    raw = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw} | {
+        "model_type": "qwen2", "vocab_size": arch.vocab, "hidden_size": arch.embed, "intermediate_size": arch.mlp,
+        "num_hidden_layers": arch.layers, "num_attention_heads": arch.heads, "num_key_value_heads": arch.heads, "hidden_act": "silu",
+        "max_position_embeddings": arch.max_positions, "rms_norm_eps": arch.norm_eps, "rope_theta": float(raw.get("rotary_emb_base", 1e4)),
+        "initializer_range": arch.init_std, "tie_word_embeddings": arch.tied, "use_sliding_window": False,
+    }
+    return raw, params | {"backbone": params["backbone"] | {"layers": layers}}
