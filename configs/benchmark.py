@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.arch.vocab = 50257  # token ids
     c.dtype = "float32"  # compute, on both sides: float32 | bfloat16
     c.matmul_precision = "default"  # default | high | highest (default may mean TF32 on an accelerator, on both sides)
-    c.attention = "auto"  # auto | xla (XLA's attention on every backend)
+    c.attention = "auto"  # auto | xla | splash (TPU) | pallas, cudnn (GPU; cudnn: one document a row)
     c.remat = "none"  # rematerialisation: none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
 
     # Documents

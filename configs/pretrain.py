@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.dtype = "float32"  # compute: float32 | bfloat16
     c.param_dtype = "float32"  # parameters: float32 | bfloat16
     c.matmul_precision = "default"  # default | high | highest (default may mean TF32 or bfloat16 passes on an accelerator)
-    c.attention = "auto"  # auto | xla (XLA's attention on every backend)
+    c.attention = "auto"  # auto | xla | splash (TPU) | pallas, cudnn (GPU; cudnn: one document a row)
     c.remat = "auto"  # rematerialisation: auto | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
 
     # Data

@@ -42,7 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
     "matmul_precision": ("default", "high", "highest"),
-    "attention": ("auto", "xla"),
+    "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
     "train": ("full", "head"),
     "head_init": ("zeros", "normal"),

@@ -26,7 +26,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from w2s_jax.models.architecture import Architecture
-from w2s_jax.models.attention import angles, attend, prepare, rotate
+from w2s_jax.models.attention import angles, attend, check, prepare, rotate
 from w2s_jax.models.dropout import ATTENTION, EMBEDDING, MLP, dropout, token_keys
 from w2s_jax.models.layers import ACTIVATIONS, Compute, Embedding, Linear, Norm
 
@@ -84,7 +84,7 @@ class Attention(nnx.Module):
             self.q_norm = _norm(arch, compute, sizes[0] if whole else arch.head_dim, bias=False)
             self.k_norm = _norm(arch, compute, sizes[1] if whole else arch.head_dim, bias=False)
         self.out = Linear(sizes[0], arch.embed, arch.init_std / math.sqrt(2 * arch.layers), compute, bias=arch.out_bias, rngs=rngs)
-        self.arch, self.implementation = arch, compute.attention
+        self.arch = arch
 
     def _projections(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [rows, time, heads, head_dim], keys and values [rows, time, kv_heads, head_dim]."""
@@ -113,7 +113,7 @@ class Attention(nnx.Module):
         if arch.scale_by_layer:
             q = q / (layer + 1).astype(q.dtype)
         q, k = q.astype(x.dtype), k.astype(x.dtype)
-        y = attend(q, k, v, plan, arch.kinds, kind, scale=arch.attention_scale, cap=arch.attention_cap, implementation=self.implementation)
+        y = attend(q, k, v, plan, arch.kinds, kind, scale=arch.attention_scale)
         return self.out(checkpoint_name(y.reshape(rows, time, -1), "attention"))
 
 
@@ -179,6 +179,8 @@ class Backbone(nnx.Module):
     """Embeddings, the stacked layers and the final norm."""
 
     def __init__(self, arch: Architecture, compute: Compute, *, rngs: nnx.Rngs):
+        self.attention, self.dtype = compute.attention, compute.dtype
+        check(self.attention, arch.kinds, arch.causal, width=arch.head_dim, dtype=self.dtype, cap=arch.attention_cap)
         self.embed = Embed(arch, compute, rngs=rngs)
 
         @nnx.split_rngs(splits=arch.layers)
@@ -194,16 +196,18 @@ class Backbone(nnx.Module):
         """Per token: only those that are read need it."""
         return x if self.norm is None else self.norm(x)
 
-    def __call__(self, tokens, segments, positions, dropout_key=None, all_layers: bool = False):
+    def __call__(self, tokens, segments, positions, dropout_key=None, all_layers: bool = False, one_document: bool = False):
         """Hidden states BEFORE the final norm, [rows, time, embed] in the compute type.
 
-        `tokens`, `segments`, `positions`: int32 [rows, time]; see attention.prepare for who attends to whom. With
-        `all_layers` also the input of each layer, [layers, rows, time, embed].
+        `tokens`, `segments`, `positions`: int32 [rows, time]; see attention.prepare for who attends to whom, and for
+        `one_document`. With `all_layers` also the input of each layer, [layers, rows, time, embed].
         """
         arch = self.arch
         keys = token_keys(dropout_key, segments, positions) if dropout_key is not None and self.rate else None
         x = dropout(self.embed(tokens, positions), keys, self.rate, EMBEDDING, 0)
-        plan, turns = prepare(segments, arch.kinds, arch.causal), angles(positions, arch.kinds)
+        plan = prepare(segments, arch.kinds, arch.causal, width=arch.head_dim, dtype=self.dtype, cap=arch.attention_cap,
+                       implementation=self.attention, one_document=one_document)
+        turns = angles(positions, arch.kinds)
         kinds = jnp.asarray(arch.kind_of or (0,) * arch.layers)
 
         def body(x, scanned):
