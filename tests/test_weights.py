@@ -205,7 +205,8 @@ def test_transformers_reads_what_is_saved(tmp_path, param_dtype):
     net, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "m", output_loading_info=True, dtype=torch.float32)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     ids = np.random.default_rng(0).integers(0, 96, (1, 1, 20)).astype(np.int32)
-    batch = {"tokens": ids, "segments": np.ones_like(ids), "positions": np.arange(20, dtype=np.int32)[None, None]}
+    batch = {"tokens": ids, "segments": np.ones_like(ids), "positions": np.arange(20, dtype=np.int32)[None, None],
+             "documents": np.zeros((1, 1), np.int32), "last": np.full((1, 1), 19, np.int32)}
     with jax.default_matmul_precision("highest"), torch.no_grad():
         expected = net.eval()(torch.tensor(ids[0].astype(np.int64))).logits.numpy()
         np.testing.assert_allclose(model.logits(params, batch)[0], expected, atol=1e-5 * np.abs(expected).max())

@@ -84,7 +84,8 @@ class Model:
         """Hidden states before the final norm, [cells, rows, time, embed]; see Backbone."""
         cells, rows, time = batch["tokens"].shape
         flat = [batch[k].reshape(cells * rows, time) for k in ("tokens", "segments", "positions")]
-        states = network.backbone(*flat, dropout_key, **options)
+        # One place for a document in a cell: then no row holds two, and the shapes say so.
+        states = network.backbone(*flat, dropout_key, one_document=batch["documents"].shape[-1] == 1, **options)
         return jax.tree.map(lambda a: a.reshape(*a.shape[:-3], cells, rows, *a.shape[-2:]), states)
 
     def apply(self, params: dict, batch: dict, dropout_key: jax.Array | None = None) -> jax.Array:
