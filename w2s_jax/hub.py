@@ -80,7 +80,8 @@ def _check(model: str, path: Path) -> None:
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in path.glob(pattern))
         found = f" but {pickled[0]}, a pickle, which is not read" if pickled else ""
         raise UserError(f"model={model}: has no {WEIGHTS[0]} or {WEIGHTS[1]}{found}; convert it with transformers: "
-                        f"AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)")
+                        f"AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained('FOLDER') (AutoModel for an encoder), "
+                        "its tokenizer likewise, and give model=FOLDER")
 
 
 def _download(model: str, revision: str, wanted=tuple(WANTED)) -> Folder:
