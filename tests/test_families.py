@@ -216,6 +216,36 @@ def test_large_tensors_are_loaded_a_few_layers_at_a_time(saved, case, monkeypatc
             assert loaded[path].sharding.is_equivalent_to(models.paths(shardings)[path], leaf.ndim), path
 
 
+@pytest.mark.parametrize("case", ["llama", "gemma3", "gpt_neox", "phi3", "roberta", "modernbert"])
+def test_sharded_over_every_axis_it_computes_the_same(saved, case):
+    """Parameters and batch over data x fsdp x model, where 2 key-value heads and odd widths divide or do not."""
+    from w2s_jax import mesh as mesh_lib
+
+    folder, _ = saved(case)
+    model = models.build(models.read_config(folder), head="classifier", head_init="normal")
+    logits, grads = value_and_gradients(model, models.load(folder, model, key=jax.random.key(5)))
+    mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    shardings, _ = mesh_lib.param_shardings(mesh, model.abstract)
+    split = models.load(folder, model, shardings, jax.random.key(5))
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split["backbone"]["layers"]))
+    again, again_grads = value_and_gradients(model, split)
+    close(again, logits, 1e-5)
+    for (path, a), b in zip(models.paths(again_grads).items(), models.paths(grads).values()):
+        close(a, b, 1e-5, path)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_parameter_has_a_sharding_rule(case, saved):
+    from w2s_jax import mesh as mesh_lib
+
+    arch, mesh = models.read_config(saved(case)[0]), mesh_lib.make_mesh({"data": 1, "fsdp": 2, "model": 1}, jax.devices()[:2])
+    for head in ("classifier",) if is_encoder(case) else ("classifier", "lm"):
+        abstract = models.build(arch, head=head).abstract
+        shardings = models.paths(mesh_lib.param_shardings(mesh, abstract)[0])  # an uncovered path raises
+        for path, leaf in models.paths(abstract).items():
+            assert (not shardings[path].is_fully_replicated) == ("kernel" in path or "embedding" in path) or leaf.shape[-1] % 2, path
+
+
 def test_activations_equal_transformers():
     torch = pytest.importorskip("torch")
     from transformers.activations import ACT2FN
