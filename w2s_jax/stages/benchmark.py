@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import forward, hub, losses, models, optimizers, train, workload
+from w2s_jax import forward, hub, losses, models, optimizers, registry, train, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import packing, splits, world
 from w2s_jax.errors import UserError
@@ -226,7 +226,7 @@ class Ours:
     """The trainer's own dispatches, without its run directory, and the forward passes of labelling."""
 
     def __init__(self, config, model, mesh, params, corpus: train.Corpus):
-        keys = config_lib.shipped("finetune")
+        keys = registry.fill(config_lib.shipped("finetune"))
         keys.update({k: config[k] for k in ("batch_size", "microbatch_size", "steps_per_dispatch")})
         batches = packing.batch_stream(len(corpus.tokens), config.batch_size, 1, "none", config.seed)
         self.program = train.Program(model, losses.make("xent", {}, ground_truth=True, label_stats={}), optimizers.make("adam", {}), mesh)
@@ -334,7 +334,7 @@ def startup() -> dict:
     out = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        keys = config_lib.shipped("finetune")
+        keys = registry.fill(config_lib.shipped("finetune"))
         model = _model(SMALL, keys)
         models.save(folder / "model", {"backbone": jax.jit(model.init)(jax.random.key(0))["backbone"]}, _raw(SMALL))
         rng = np.random.default_rng(0)
