@@ -4,6 +4,7 @@ The environment must be set before jax is imported by anyone, so it is set at th
 which pytest reads first. `JAX_PLATFORMS=cuda pytest ...` overrides the platform.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -28,6 +29,22 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not item.get_closest_marker("slow"):
             item.add_marker("quick")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Forget compiled programs between test files once they are many: each holds about ten memory maps, of which Linux gives a
+    process 65530 (vm.max_map_count); XLA ends it with a segmentation fault at the next one."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        import jax
+
+        from w2s_jax import forward
+
+        forward._compiled.clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

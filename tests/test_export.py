@@ -243,7 +243,7 @@ def test_the_readme_says_how_the_run_cut_texts(ours, expected, tmp_path, monkeyp
         plain = transformers.AutoTokenizer.from_pretrained(tmp_path)
         monkeypatch.setattr(hub, "tokenize", lambda folder, texts, special: [
             np.array(ours(plain(text, add_special_tokens=False)["input_ids"])) for text in texts])
-    tokenizer, special, note, closing = _tokenizer(hub.Folder(str(tmp_path)))
+    tokenizer, special, note, closing = _tokenizer(str(tmp_path))
     assert closing is None
     assert (special if tokenizer is not None else None) == expected[0] and re.search(expected[1], note), note
 

@@ -24,8 +24,9 @@ def _common(f: Fields) -> dict:
 
 
 def read_gemma(f: Fields) -> Architecture:
-    # `hidden_act` of the first checkpoints says "gelu" and means the tanh form, which `hidden_activation` states since.
-    f.raw = f.raw | {"hidden_act": f.activation("hidden_activation", "gelu_pytorch_tanh")}
+    # `hidden_act` of the first checkpoints says "gelu" and means the tanh form; `hidden_activation` said so for a while.
+    given = f.raw.get("hidden_activation") or f.raw.get("hidden_act") or "gelu"
+    f.raw = f.raw | {"hidden_act": "gelu_pytorch_tanh" if given == "gelu" else given}
     return llama_like(f, "gemma", **_common(f))
 
 

@@ -98,8 +98,13 @@ class Fields:
         if given is not None and not isinstance(given, dict):
             raise self.error("rope_parameters", "an object")
         given = dict(given or {})
-        if layer_type and layer_type in given:
-            given = dict(given[layer_type] or {})
+        if layer_type and given:
+            if not isinstance(given.get(layer_type), dict):
+                raise UserError(f"{self.file}: rope_parameters has no {layer_type!r}; expected values for each layer type")
+            given = dict(given[layer_type])
+        elif by_type := [key for key, value in given.items() if isinstance(value, dict)]:
+            raise UserError(f"{self.file}: rope_parameters has values by layer type ({', '.join(by_type)}); "
+                            "expected one set for all layers")
         where = Fields(given, f"{self.file}: rope_parameters")
         theta = where.number("rope_theta", self.number(theta_key, theta))
         share = where.number("partial_rotary_factor", share)
