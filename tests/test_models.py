@@ -271,7 +271,7 @@ def test_a_config_that_is_not_supported_is_named(tmp_path, change, expected):
         models.read_config(tmp_path)
 
 
-@pytest.mark.parametrize("content, expected", [(None, "no such file"), ("{", "not readable as JSON"), ("[]", "model_type"),
+@pytest.mark.parametrize("content, expected", [(None, "no such file"), ("{", "cannot be read"), ("[]", "expected a JSON object"),
                                                ("{}", "model_type"), ('{"model_type": "gpt2"}', "n_embd")])
 def test_a_damaged_config_is_named(tmp_path, content, expected):
     if content is not None:

@@ -131,7 +131,7 @@ class Model:
         """The likeliest token after each document, int32 [cells, slots]; empty slots hold ids of no meaning."""
         network = self._merge(params)
         x = network.backbone.final_norm(heads.gather_last(self._states(network, batch), batch["last"]))
-        return jnp.argmax(heads.vocabulary_logits(x, self._table(network), None), axis=-1)
+        return jnp.argmax(heads.vocabulary_logits(x, self._table(network), None), axis=-1)  # a cap changes no order
 
     def _table(self, network: _Network) -> jax.Array:
         """[vocab, embed] in the compute type: the tied embedding, or the language model's own output matrix."""

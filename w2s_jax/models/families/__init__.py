@@ -1,10 +1,10 @@
 """The families, by `model_type` of config.json."""
 
-import json
 import os
 from pathlib import Path
 
 from w2s_jax.errors import UserError, nearest
+from w2s_jax.files import read_json
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.families import bert, gemma, gpt2, llama, modernbert, neox, qwen1
 from w2s_jax.models.families.family import Family
@@ -15,15 +15,10 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (
 
 
 def read_raw(folder: str | os.PathLike) -> dict:
-    """What stands in `folder`/config.json. UserError: no such file, not JSON, no model_type."""
+    """What stands in `folder`/config.json. UserError: no such file, no JSON object, no model_type."""
     file = Path(folder) / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; a model folder needs config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(raw, dict) or "model_type" not in raw:
+    raw = read_json(file)
+    if "model_type" not in raw:
         raise UserError(f"{file}: has no key model_type; expected one of {', '.join(FAMILIES)}")
     return raw
 
