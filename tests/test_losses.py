@@ -39,7 +39,7 @@ def differentiate(loss, logits, labels, ctx, state):
 
 @functools.partial(jax.jit, static_argnums=0)
 def retarget(loss, logits, labels, ctx, state):
-    real = ctx.mask.astype(bool)
+    real = ctx.weights > 0
     targets, weights, _ = losses.LOSSES[loss.name].rule(loss, logits, jax.nn.softmax(logits), labels, ctx, real, state)
     return targets, jnp.broadcast_to(weights, real.shape)
 
@@ -48,7 +48,7 @@ def value_and_gradient(loss, logits, labels, ctx, state=None, slots=12):
     """Of a batch of `slots`, the last ones empty, so that most tests share a program (and none could do with a plain mean)."""
     n, extra = len(logits), max(slots - len(logits), 0)
     logits, labels = (jnp.pad(x, ((0, extra), (0, 0))) for x in (logits, labels))
-    ctx = ctx._replace(mask=jnp.pad(ctx.mask, (0, extra)))
+    ctx = ctx._replace(weights=jnp.pad(ctx.weights, (0, extra)))
     (value, state), gradient = differentiate(loss, logits, labels, ctx, loss.init_state() if state is None else state)
     return float(value), np.asarray(gradient)[:n], state
 
