@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from w2s_jax import comparison, metrics, tables
+from w2s_jax import comparison, metrics, predictions, tables
+from w2s_jax import pairs as pairs_lib
 from w2s_jax.data.examples import Examples, one_hot
 from w2s_jax.data.labels import write_predictions
 from w2s_jax.errors import UserError
@@ -71,7 +72,7 @@ def make_root(root: Path, *, n=400, seeds=(0, 1, 2), losses=("xent", "logconf"),
                             "ceiling": run(task, f"finetune-{strong}-xent-s{seed}-b", big, skill[strong])}
                     runs["student"] = run(task, f"finetune-{strong}-{loss}-s{seed}-{weak}", {**big, "loss": loss}, skill[strong],
                                           base=made[runs["weak"]])
-                    entries.append({"task": task, "weak": f"models/{weak}", "strong": f"models/{strong}", "loss": loss, "seed": seed,
+                    entries.append({"task": task, "weak": f"models/{weak}", "strong": f"models/{strong}", "method": loss, "seed": seed,
                                     "runs": runs})
     (root / "sweep.json").write_text(json.dumps({"pairs": entries}))
     return root
@@ -90,16 +91,16 @@ def test_report_files_and_numbers(tmp_path, capsys):
     shown = capsys.readouterr().out
     folder = root / "report"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"report.md", "table.csv", "by_seed.csv", "agreement.csv",
-                     *(f"{a}.{b}" for a in ("accuracy", "auroc", "pgr") for b in ("png", "svg"))}  # fmt: skip
+    assert names == {"report.md", *(f"{a}.csv" for a in tables.FRAMES),
+                     *(f"{a}.{b}" for a in ("accuracy", "auroc", "pgr", "misfit", "reliability") for b in ("png", "svg"))}  # fmt: skip
     assert (folder / "accuracy.png").read_bytes()[:4] == b"\x89PNG" and b"<svg" in (folder / "pgr.svg").read_bytes()[:600]
     text = (folder / "report.md").read_text()
     assert "![pgr](pgr.png)" in text and "![" not in shown
     for heading in ("Median over pairs", "Accuracy", "AUROC", "Agreement with the supervisor", "By seed"):
         assert f"## {heading}\n" in text and f"## {heading}\n" in shown
     # the numbers are those of the runs
-    row = next(r for r in out["rows"] if r["strong_model"] == "large" and r["loss"] == "xent" and r["metric"] == "accuracy")
-    entry = [p for p in json.loads((root / "sweep.json").read_text())["pairs"] if p["strong"] == "models/large" and p["loss"] == "xent"]
+    row = next(r for r in out["rows"] if r["strong_model"] == "large" and r["method"] == "xent" and r["metric"] == "accuracy")
+    entry = [p for p in json.loads((root / "sweep.json").read_text())["pairs"] if p["strong"] == "models/large" and p["method"] == "xent"]
     said = {role: [json.loads((root / p["runs"][role] / "results.json").read_text())["accuracy"] for p in entry] for role in TRIO}
     mean = {role: np.mean(values) for role, values in said.items()}
     for role in TRIO:
@@ -138,14 +139,14 @@ def test_table_is_a_frame(tmp_path):
     frame = report.table(str(root), replicates=100)
     assert len(frame) == 2 * 2 and set(frame["metric"]) == {"accuracy", "auroc"} and set(frame["seeds"]) == {"0 1"}
     assert (frame["pgr_lo"] <= frame["pgr_hi"]).all() and {"gap_lo", "gain_hi", "undefined"} <= set(frame.columns)
-    assert set(report.table(str(root), by_seed=True, replicates=100)["seeds"]) == {"0", "1"}
+    assert set(report.table(str(root), "by_seed", replicates=100)["seeds"]) == {"0", "1"}
 
 
 def test_pgr_equals_pgr_bootstrap_on_the_same_logits(tmp_path):
     root = make_root(tmp_path / "sweep", losses=("xent",), pairs=(("small", "large"),))
-    pairs = comparison.read_pairs(root)
-    stacks = {role: np.stack([comparison.read_predictions(root / p["runs"][role]).logits for p in pairs]) for role in TRIO}
-    first = comparison.read_predictions(root / pairs[0]["runs"]["weak"])
+    pairs = pairs_lib.read_pairs(root)
+    stacks = {role: np.stack([predictions.read_predictions(root / p["runs"][role]).logits for p in pairs]) for role in TRIO}
+    first = predictions.read_predictions(root / pairs[0]["runs"]["weak"])
     row = comparison.compare(root, replicates=300).rows[0]
     direct = metrics.pgr_bootstrap(stacks["weak"], stacks["student"], stacks["ceiling"], first.labels, first.groups, replicates=300)
     for key in ("weak", "student", "ceiling", "gap", "gain", "pgr"):
@@ -159,7 +160,7 @@ def test_missing_runs_are_listed_and_other_seeds_still_reported(tmp_path, capsys
     runs = {m["run"]: m for m in out["missing"]}
     assert set(runs) == {"sciq/finetune-large-logconf-s1-small", "sciq/finetune-small-xent-s2-a"}
     assert runs["sciq/finetune-small-xent-s2-a"]["blocks"] == 4 and runs["sciq/finetune-small-xent-s2-a"]["state"] == "stopped"
-    seeds = {(r["strong_model"], r["loss"]): r["seeds"] for r in out["rows"]}
+    seeds = {(r["strong_model"], r["method"]): r["seeds"] for r in out["rows"]}
     assert seeds["large", "logconf"] == [0] and seeds["large", "xent"] == [0, 1]
     shown = capsys.readouterr().out
     assert "2 runs are not done" in shown and "sciq/finetune-large-logconf-s1-small" in shown
@@ -168,9 +169,9 @@ def test_missing_runs_are_listed_and_other_seeds_still_reported(tmp_path, capsys
 def test_a_median_counts_clear_pairs_only(tmp_path):
     root = make_root(tmp_path / "sweep", skill={"small": 0.7, "medium": 0.7, "large": 0.95})
     found = comparison.compare(root, replicates=200)
-    rows = {r["strong_model"]: r for r in found.rows if r["metric"] == "accuracy" and r["loss"] == "xent"}
+    rows = {r["strong_model"]: r for r in found.rows if r["metric"] == "accuracy" and r["method"] == "xent"}
     assert rows["large"]["gap_clear"] and not rows["medium"]["gap_clear"]
-    median = next(m for m in found.medians if m["metric"] == "accuracy" and m["loss"] == "xent")
+    median = next(m for m in found.medians if m["metric"] == "accuracy" and m["method"] == "xent")
     assert (median["n_pairs"], median["left_out"]) == (1, 1)
     assert median["pgr"] == pytest.approx(rows["large"]["pgr"]) and median["pgr_ci"] == pytest.approx(rows["large"]["pgr_ci"])
     assert rows["medium"]["undefined"] > 0.05 and rows["medium"]["pgr_ci"] is None
@@ -188,7 +189,7 @@ def test_documents_that_a_run_lacks_are_counted_and_left_out_everywhere(tmp_path
 
 def test_unknown_labels_are_left_out_with_a_note(tmp_path):
     root = make_root(tmp_path / "sweep", seeds=(0,), losses=("xent",), pairs=(("small", "large"),))
-    for run in {r for p in comparison.read_pairs(root) for role, r in p["runs"].items() if role != "label"}:
+    for run in {r for p in pairs_lib.read_pairs(root) for role, r in p["runs"].items() if role != "label"}:
         file = root / run / "predictions" / "test.parquet"
         frame = pyarrow.parquet.read_table(file).to_pandas()
         frame["label"] = frame["label"].astype("Int32")
@@ -203,21 +204,21 @@ def test_unknown_labels_are_left_out_with_a_note(tmp_path):
 
 def test_agreement_is_split_by_the_supervisor_being_right(tmp_path):
     root = make_root(tmp_path / "sweep", seeds=(0,), losses=("xent",), pairs=(("small", "large"),))
-    runs = comparison.read_pairs(root)[0]["runs"]
-    student, weak, ceiling = (comparison.read_predictions(root / runs[r]) for r in ("student", "weak", "ceiling"))
+    runs = pairs_lib.read_pairs(root)[0]["runs"]
+    student, weak, ceiling = (predictions.read_predictions(root / runs[r]) for r in ("student", "weak", "ceiling"))
     row = comparison.compare(root, replicates=100).agreement[0]
     for role, run in (("student", student), ("ceiling", ceiling)):
         direct = metrics.agreement(run.logits.argmax(1), weak.logits.argmax(1), weak.labels)
         for part in ("all", "right", "wrong"):
             assert row[f"{role}_{part}"] == pytest.approx(direct[part])
             assert row[f"{role}_{part}_ci"][0] <= direct[part] <= row[f"{role}_{part}_ci"][1]
-    labels = comparison.read_predictions(root / runs["label"], "b")
+    labels = predictions.read_predictions(root / runs["label"], "b")
     assert row["label_accuracy"] == pytest.approx(np.mean(labels.logits.argmax(1) == labels.labels))
 
 
 def test_three_runs_without_a_sweep(tmp_path):
     root = make_root(tmp_path / "sweep", seeds=(0,), losses=("xent",), pairs=(("small", "large"),))
-    runs = comparison.read_pairs(root)[0]["runs"]
+    runs = pairs_lib.read_pairs(root)[0]["runs"]
     given = {role: str(root / runs[role]) for role in ("weak", "ceiling", "student")}
     out = report.run(config(**given), str(tmp_path / "own"))
     assert (tmp_path / "own" / "report" / "report.md").exists()
@@ -226,7 +227,7 @@ def test_three_runs_without_a_sweep(tmp_path):
 
 def damage(root: Path, kind: str) -> None:
     """Spoils one file of a root that is well otherwise."""
-    run = root / comparison.read_pairs(root)[0]["runs"]["student"]
+    run = root / pairs_lib.read_pairs(root)[0]["runs"]["student"]
     file = run / "predictions" / "test.parquet"
     if kind == "no sweep.json":
         (root / "sweep.json").unlink()
@@ -291,5 +292,5 @@ def test_numbers_as_printed(value, text):
 def test_tasks_do_not_change_each_other(tmp_path):
     root = make_root(tmp_path, tasks=("sciq", "boolq"), seeds=(0,), losses=("xent",))
     both = comparison.compare(root, replicates=100)
-    alone = comparison.compare(root, [p for p in comparison.read_pairs(root) if p["task"] == "sciq"], replicates=100)
+    alone = comparison.compare(root, [p for p in pairs_lib.read_pairs(root) if p["task"] == "sciq"], replicates=100)
     assert len(alone.rows) == 4 and [r for r in both.rows if r["task"] == "sciq"] == alone.rows

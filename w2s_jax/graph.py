@@ -117,7 +117,7 @@ def build(config, root, identify: Callable[[object, dict], dict]) -> Graph:
                 for loss in config.losses:
                     student = add(task, f"{rungs[w][0]}_to_{rungs[s][0]}", loss, seed,
                                   variant(base[s], split="b", labels=str(root / labelled[w]), loss=loss), (labelled[w], *rungs[s][2]))
-                    graph.pairs.append({"task": short(task), "weak": rungs[w][0], "strong": rungs[s][0], "loss": loss, "seed": seed,
+                    graph.pairs.append({"task": short(task), "weak": rungs[w][0], "strong": rungs[s][0], "method": loss, "seed": seed,
                                         "runs": {"weak": weak[w], "label": labelled[w], "ceiling": ceiling[s], "student": student}})
     return graph
 

@@ -57,16 +57,30 @@ def auroc(score: np.ndarray, labels: np.ndarray) -> float:
     return float((ranks[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
-def ece(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error: the mean of |accuracy - confidence| over `bins` equal bins of the confidence
-    (probability of the predicted class), weighted by their documents (Guo et al. 2017, arXiv 1706.04599)."""
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities in nats of `[n, classes]` logits, float64."""
+    z = np.asarray(logits, np.float64)
+    z = z - z.max(axis=-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
+def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> np.ndarray:
+    """What a reliability diagram shows, float64 `[3, bins]`: documents, sum of their confidences, and how many are right.
+
+    The bins are equal, `(i / bins, (i + 1) / bins]`, of the confidence: the probability of the predicted class (Guo et al.
+    2017, arXiv 1706.04599). Sums of several runs may be added.
+    """
     logits, labels = _checked(logits, labels)
-    z = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
-    confidence, right = p.max(axis=1), predictions(logits) == labels
+    confidence, right = np.exp(log_softmax(logits).max(axis=1)), predictions(logits) == labels
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    surplus = np.bincount(index, weights=right - confidence, minlength=bins)
-    return float(np.abs(surplus).sum() / len(labels))
+    return np.stack([np.bincount(index, weights=w, minlength=bins) for w in (np.ones(len(labels)), confidence, right)])
+
+
+def ece(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: the mean of |accuracy - confidence| over the bins of `reliability`, weighted by their
+    documents (Guo et al. 2017, arXiv 1706.04599)."""
+    documents, confidence, right = reliability(logits, labels, bins)
+    return float(np.abs(right - confidence).sum() / documents.sum())
 
 
 def majority_baseline(labels: np.ndarray) -> float:
@@ -108,13 +122,21 @@ class Bootstrap:
                 self._kept[start] = counts.astype(np.uint16)
             yield counts.astype(np.float64)
 
-    def ratio(self, numerator: np.ndarray, denominator: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Replicates `[replicates]` of sum(numerator) / sum(denominator) over documents `[n]`; NaN where 0 / 0."""
-        size = len(self.names)
-        top = np.bincount(codes, weights=np.asarray(numerator, np.float64), minlength=size)
-        bottom = np.bincount(codes, weights=np.asarray(denominator, np.float64), minlength=size)
+    def ratios(self, numerators: np.ndarray, denominators: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Replicates `[replicates, m]` of sum(numerator) / sum(denominator) over documents, NaN where 0 / 0.
+
+        `numerators` and `denominators` are `[n, m]`: m ratios in one pass over the draws.
+        """
+        size, m = len(self.names), np.shape(numerators)[1]
+        columns = np.concatenate([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)], axis=1)
+        sums = np.stack([np.bincount(codes, weights=column, minlength=size) for column in columns.T], axis=1)
+        out = np.concatenate([w @ sums for w in self.weights()])
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.concatenate([(w @ top) / (w @ bottom) for w in self.weights()])
+            return out[:, :m] / out[:, m:]
+
+    def ratio(self, numerator: np.ndarray, denominator: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """`ratios` of one numerator and one denominator, both `[n]`: replicates `[replicates]`."""
+        return self.ratios(np.asarray(numerator)[:, None], np.asarray(denominator)[:, None], codes)[:, 0]
 
     def accuracy(self, logits: np.ndarray, labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Replicates `[replicates]` of the accuracy."""
