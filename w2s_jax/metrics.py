@@ -107,20 +107,22 @@ class Bootstrap:
         """Index of each document's group, int `[n]`; KeyError for a name that the draws do not cover."""
         return np.array([self._index[g] for g in groups], np.int64)
 
-    def weights(self):
-        """Yields float64 `[<= 64, groups]`: how often each group was drawn, a row a replicate."""
+    def counts(self):
+        """Yields integers `[<= 64, groups]`: how often each group was drawn, a row a replicate."""
         size = len(self.names)
         for start in range(0, self.replicates, _CHUNK):
             if start in self._kept:
-                yield self._kept[start].astype(np.float64)
+                yield self._kept[start]
                 continue
             rows = min(_CHUNK, self.replicates - start)
             draws = np.random.default_rng([self.seed, start]).integers(size, size=(rows, size))
             draws += np.arange(rows)[:, None] * size
             counts = np.bincount(draws.ravel(), minlength=rows * size).reshape(rows, size)
-            if self.replicates * size <= _KEEP and size < 2**16:
-                self._kept[start] = counts.astype(np.uint16)
-            yield counts.astype(np.float64)
+            if size < 2**16:
+                counts = counts.astype(np.uint16)
+                if self.replicates * size <= _KEEP:
+                    self._kept[start] = counts
+            yield counts
 
     def ratios(self, numerators: np.ndarray, denominators: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Replicates `[replicates, m]` of sum(numerator) / sum(denominator) over documents, NaN where 0 / 0.
@@ -130,7 +132,7 @@ class Bootstrap:
         size, m = len(self.names), np.shape(numerators)[1]
         columns = np.concatenate([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)], axis=1)
         sums = np.stack([np.bincount(codes, weights=column, minlength=size) for column in columns.T], axis=1)
-        out = np.concatenate([w @ sums for w in self.weights()])
+        out = np.concatenate([w.astype(np.float64) @ sums for w in self.counts()])
         with np.errstate(invalid="ignore", divide="ignore"):
             return out[:, :m] / out[:, m:]
 
@@ -144,21 +146,17 @@ class Bootstrap:
 
     def auroc(self, logits: np.ndarray, labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Replicates `[replicates]` of the AUROC by mid-ranks; NaN where a draw holds one class only."""
-        score = scores(logits)
-        order = np.argsort(score, kind="stable")
-        score, positive, codes = score[order], np.asarray(labels)[order] == 1, codes[order]
-        starts = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])  # one block a distinct score
+        score, positive = scores(logits), np.asarray(labels) == 1
+        up, down = (np.flatnonzero(rows)[np.argsort(score[rows])] for rows in (positive, ~positive))  # by score
+        below, upto = (np.searchsorted(score[down], score[up], side) for side in ("left", "right"))  # of class 0, for each of class 1
         out = []
-        for w in self.weights():
-            w = w[:, codes]
-            up, down = w * positive, w * ~positive
-            if len(starts) < len(score):
-                up, down = np.add.reduceat(up, starts, axis=1), np.add.reduceat(down, starts, axis=1)
-            below = np.cumsum(down, axis=1)
-            total = up.sum(axis=1) * below[:, -1]
-            below -= down / 2  # half of the ties
+        for w in self.counts():
+            total = np.zeros((len(w), len(down) + 1), np.int64 if len(self.names) >= 2**16 else np.int32)
+            np.cumsum(w[:, codes[down]], axis=1, out=total[:, 1:])
+            ups = w[:, codes[up]].astype(np.float64)
+            wins = total[:, below] + total[:, upto]  # twice: a tie counts one half
             with np.errstate(invalid="ignore", divide="ignore"):
-                out.append(np.einsum("ij,ij->i", up, below) / total)
+                out.append(np.einsum("ij,ij->i", ups, wins) / (2.0 * ups.sum(axis=1) * total[:, -1]))
         return np.concatenate(out)
 
 

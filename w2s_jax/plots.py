@@ -104,7 +104,7 @@ def misfit(rows: Sequence[dict]) -> dict[str, bytes]:
             colour, marker = styles[row["method"]]
             for ci, xs, ys in ((row[f"{x}_ci"], row[f"{x}_ci"], (row[y],) * 2), (row[f"{y}_ci"], (row[x],) * 2, row[f"{y}_ci"])):
                 if ci:
-                    axis.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.5, zorder=2)
+                    axis.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.35, zorder=2)
             axis.plot([row[x]], [row[y]], color=colour, marker=marker, markersize=5.5, markeredgecolor="white", markeredgewidth=0.4,
                       linestyle="none", zorder=3)
         high = max(0.0, *(max(r[x], r[y]) for r in rows))
@@ -150,13 +150,14 @@ def reliability(rows: Sequence[dict]) -> dict[str, bytes]:
         axis.scatter(*zip(*((x, y) for x, y, _ in points), strict=True), [6 + 40 * n / largest for *_, n in points], color=colour,
                      marker=marker, edgecolors="white", linewidths=0.4, zorder=4)
         axis.set_xlim(left, 1.02)
-        axis.set_ylim(0, 1.03)
-        _plain(axis, name, "", "")
+        axis.set_ylim(min(left, *(r["accuracy"] for r in rows)) - 0.02, 1.03)
+        _plain(axis, name, "", "accuracy" if axis in axes[::across] else "")
     for axis in axes[len(names):]:
         axis.set_axis_off()
-    figure.supxlabel("confidence (probability of the predicted class)", fontsize=9)
-    figure.supylabel("accuracy", fontsize=9)
-    return _render(figure, [_guide("--", "calibrated")])
+    for axis in axes[max(0, len(names) - across):len(names)]:  # the lowest of each column
+        axis.set_xlabel("confidence", fontsize=9)
+        axis.tick_params(labelbottom=True)
+    return _render(figure, [_guide("--", "calibrated: confidence = accuracy")])
 
 
 def _plain(axis, title: str, xlabel: str, ylabel: str) -> None:
@@ -185,8 +186,7 @@ def _pgr_dot(axis, row: dict, line: int, style: tuple[str, str], low: float, hig
 def _dot(axis, value: float, ci, line: float, style: tuple[str, str], hollow: bool = False, centre: float | None = None) -> None:
     colour, marker = style
     if ci:
-        axis.plot(ci, (line, line), color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
-        axis.plot(ci, (line, line), color=colour, marker="|", markersize=6, linestyle="none", zorder=2)
+        axis.plot(ci, (line, line), color=colour, linewidth=1.6, solid_capstyle="butt", marker="|", markersize=6, zorder=2)
     edge = centre is not None and centre != value  # at the edge of the panel: show the marker whole
     axis.plot([value], [line], color=colour, marker=marker, markersize=5.5, markerfacecolor="white" if hollow else colour,
               linestyle="none", zorder=3, clip_on=not edge)

@@ -78,7 +78,7 @@ def read_predictions(run_dir, split: str = "test") -> Predictions:
         raise UserError(f"{file}: has no column {lacks[0]}; expected id, text_sha, label, logits")
     if not len(table):
         raise UserError(f"{file}: is empty")
-    ids = [str(i) for i in table["id"]]
+    ids = list(map(str, table["id"].to_numpy(object)))
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)
         raise UserError(f"{file}: {len(ids) - len(set(ids))} duplicated ids, the first {twice!r}")
@@ -93,9 +93,10 @@ def read_predictions(run_dir, split: str = "test") -> Predictions:
         raise UserError(f"{file}: labels from {labels.min()} to {labels.max()} for {logits.shape[1]} classes")
     groups = ids  # without a group a document stands for itself
     if "group" in table.columns:
-        groups = [i if null else str(g) for i, g, null in zip(ids, table["group"], table["group"].isna(), strict=True)]
+        groups = [i if null else str(g) for i, g, null in
+                  zip(ids, table["group"].to_numpy(object), table["group"].isna().to_numpy(), strict=True)]
     weights = table["weight"].to_numpy(np.float64) if "weight" in table.columns else None
-    return Predictions(ids, [str(s) for s in table["text_sha"]], labels, logits, groups, weights)
+    return Predictions(ids, list(map(str, table["text_sha"].to_numpy(object))), labels, logits, groups, weights)
 
 
 def check_results(run_dir, p: Predictions) -> None:
