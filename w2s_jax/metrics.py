@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 REPLICATES = 2000  # bootstrap replicates: the 2.5% percentile then rests on 50 of them
 UNDEFINED_LIMIT = 0.05  # above this share of undefined replicates an interval is withheld
 _CHUNK = 64  # replicates drawn at once: bounds memory at [64, documents] doubles
-_KEEP = 2**25  # draws (replicates x groups) that an object remembers, 2 bytes each, instead of drawing them again
+_BLOCK = 2**21  # draws that are weighed at once: 16 MiB of doubles, or _CHUNK replicates if that is more
+_KEEP = 2**25  # draws (replicates x groups) that an object remembers, 2 bytes each, instead of drawing them again (a quarter: as doubles)
 
 
 def predictions(logits: np.ndarray) -> np.ndarray:
@@ -102,12 +103,13 @@ class Bootstrap:
         self.seed, self.replicates = seed, replicates
         self._index = {name: i for i, name in enumerate(self.names)}
         self._kept: dict[int, np.ndarray] = {}
+        self._doubles: list[np.ndarray] | None = None
 
     def codes(self, groups: Sequence[str]) -> np.ndarray:
         """Index of each document's group, int `[n]`; KeyError for a name that the draws do not cover."""
         return np.array([self._index[g] for g in groups], np.int64)
 
-    def counts(self):
+    def counts(self) -> Iterator[np.ndarray]:
         """Yields integers `[<= 64, groups]`: how often each group was drawn, a row a replicate."""
         size = len(self.names)
         for start in range(0, self.replicates, _CHUNK):
@@ -131,10 +133,29 @@ class Bootstrap:
         """
         size, m = len(self.names), np.shape(numerators)[1]
         columns = np.concatenate([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)], axis=1)
-        sums = np.stack([np.bincount(codes, weights=column, minlength=size) for column in columns.T], axis=1)
-        out = np.concatenate([w.astype(np.float64) @ sums for w in self.counts()])
+        sums = [np.bincount(codes, weights=column, minlength=size) for column in columns.T]
+        once = {column.tobytes(): column for column in sums}  # denominators repeat
+        place = {key: i for i, key in enumerate(once)}
+        table = np.stack(list(once.values()), axis=1)
+        out = np.concatenate([w @ table for w in self._blocks()])[:, [place[column.tobytes()] for column in sums]]
         with np.errstate(invalid="ignore", divide="ignore"):
             return out[:, :m] / out[:, m:]
+
+    def _blocks(self) -> list[np.ndarray] | Iterator[np.ndarray]:
+        """`counts` as float64 in larger blocks, for few calls of BLAS, whose threads wait for each other in every one."""
+        if self._doubles is None and self.replicates * len(self.names) <= _KEEP // 4:
+            self._doubles = list(self._convert())
+        return self._convert() if self._doubles is None else self._doubles
+
+    def _convert(self) -> Iterator[np.ndarray]:
+        rows = []
+        for w in self.counts():
+            rows.append(w)
+            if (len(rows) + 1) * w.size > _BLOCK:
+                yield np.concatenate(rows).astype(np.float64)
+                rows = []
+        if rows:
+            yield np.concatenate(rows).astype(np.float64)
 
     def ratio(self, numerator: np.ndarray, denominator: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """`ratios` of one numerator and one denominator, both `[n]`: replicates `[replicates]`."""

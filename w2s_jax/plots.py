@@ -155,8 +155,9 @@ def reliability(rows: Sequence[dict]) -> dict[str, bytes]:
     for axis in axes[len(names):]:
         axis.set_axis_off()
     for axis in axes[max(0, len(names) - across):len(names)]:  # the lowest of each column
-        axis.set_xlabel("confidence", fontsize=9)
         axis.tick_params(labelbottom=True)
+    for axis in axes[(down - 1) * across:len(names)]:
+        axis.set_xlabel("confidence", fontsize=9)
     return _render(figure, [_guide("--", "calibrated: confidence = accuracy")])
 
 
