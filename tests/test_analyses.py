@@ -210,7 +210,7 @@ def test_an_oracle_is_marked_everywhere(tmp_path, capsys, how):
         file.write_text(json.dumps({"config": json.loads(file.read_text())["config"] | {"select": "oracle"}}))
     report.run(sweeps.report_config(), str(root))
     shown = capsys.readouterr().out
-    assert "logconf (oracle)" in shown and "| logconf |" not in shown
+    assert "logconf (oracle)" in shown and "| logconf |" not in shown and 'marked "(oracle)"' in shown
     assert set(report.table(str(root), replicates=50)["method"]) == {"xent", "logconf (oracle)"}
     tests = report.table(str(root), "tests", replicates=50)
     assert set(zip(tests["method"], tests["against"], strict=True)) == {("logconf (oracle)", "xent")}

@@ -14,7 +14,7 @@ from etils import epath
 
 from w2s_jax import analyses, metrics, runlog
 from w2s_jax.errors import UserError
-from w2s_jax.pairs import ORACLE, arrange, key_of, opponents, read_pairs
+from w2s_jax.pairs import ORACLE, arrange, key_of, opponents, read_pairs, selected_by_oracle
 from w2s_jax.predictions import Predictions, check_results, read_predictions
 from w2s_jax.significance import paired_tests
 
@@ -90,6 +90,11 @@ def compare(root, pairs: list[dict] | None = None, *, seed: int = 0, replicates:
     against = opponents(done)
     out.tests.extend(paired_tests(out.rows, out.by_seed, against))
     out.notes.extend(_unopposed(done, against))
+    for role in ("weak", "ceiling"):
+        runs = dict.fromkeys(p["runs"][role] for p in done)
+        if chosen := [rel for rel in runs if selected_by_oracle(root / rel)]:
+            out.notes.append(f"{len(chosen)} of {len(runs)} {role} runs had their checkpoint selected by ground truth (select=oracle), "
+                             f"the first {chosen[0]}")
     return out
 
 

@@ -115,8 +115,9 @@ def arrange(root, pairs: list[dict]) -> list[dict]:
         short.update({(k, n): last[n] if list(last.values()).count(last[n]) == 1 else n for n in names for k in keys})
     out = []
     for p in pairs:
-        config = runlog.load(epath.Path(root) / p["runs"]["student"]).record.get("config", {})
-        oracle = bool(p.get("oracle")) or config.get("select") == "oracle"
+        student = epath.Path(root) / p["runs"]["student"]
+        config = runlog.load(student).record.get("config", {})
+        oracle = bool(p.get("oracle")) or selected_by_oracle(student)
         method = p["method"] + (ORACLE if oracle and not p["method"].endswith(ORACLE) else "")
         labels = str(config.get("labels") or "")
         out.append({**p, **{k: short[k, p[k]] for k in ("task", "weak", "strong")}, "method": method, "oracle": oracle,
@@ -124,6 +125,11 @@ def arrange(root, pairs: list[dict]) -> list[dict]:
     tasks, models, methods = ({name: i for i, name in enumerate(dict.fromkeys(names))} for names in
                               ((p["task"] for p in out), ((p["weak"], p["strong"]) for p in out), (p["method"] for p in out)))
     return sorted(out, key=lambda p: (tasks[p["task"]], models[p["weak"], p["strong"]], methods[p["method"]]))
+
+
+def selected_by_oracle(run_dir) -> bool:
+    """Whether ground truth selected a run's checkpoint."""
+    return runlog.load(run_dir).record.get("config", {}).get("select") == "oracle"
 
 
 def opponents(pairs: list[dict]) -> dict[tuple, dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from w2s_jax.comparison import Comparison
+from w2s_jax.pairs import ORACLE
 from w2s_jax.significance import FEWEST
 
 TITLES = {"accuracy": "Accuracy", "auroc": "AUROC"}
@@ -17,6 +18,8 @@ FRAMES = ("table", "by_seed", "agreement", "misfit", "calibration", "reliability
 # The words of the report.
 ROLES = """Weak: the small model, trained on ground truth. Ceiling: the large model, trained on ground truth. Student: the large
 model, trained on the weak model's labels. PGR = (student - weak) / (ceiling - weak)."""
+ORACLE_NOTE = """A method marked "(oracle)" chose its checkpoint by ground truth: what perfect selection would give, not what weak
+supervision gave."""
 INTERVALS_NOTE = """Brackets are 95% percentile intervals of {replicates} bootstrap draws of {seeds}.
 Weak, student and ceiling share the draws. "gap <= 0" is the share of draws in which PGR is undefined; above 5% PGR is withheld,
 since it has no interval."""
@@ -211,6 +214,8 @@ def report(comparison: Comparison, title: str, images: dict[str, str], replicate
 
     drawn = ONE_SEED if seeds == 1 else FEW_SEEDS if seeds < 5 else MANY_SEEDS
     parts = [f"# {title}", ROLES, INTERVALS_NOTE.format(replicates=replicates, seeds=drawn)]
+    if any(r["method"].endswith(ORACLE) for r in c.rows):
+        parts += [ORACLE_NOTE]
     if c.missing:
         parts += [f"**Incomplete: {len(c.missing)} runs are not done** (listed at the end); what follows is what is done."]
     if c.warnings:
