@@ -298,7 +298,7 @@ def _render(figure, handles: list) -> dict[str, bytes]:
 
     per_row = max(2, int(figure.get_figwidth() / (0.45 + 0.06 * max(len(h.get_label()) for h in handles))))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(per_row, len(handles)), fontsize=8.5, frameon=False)
-    figure.draw_without_rendering()
+    figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")  # laid out once, not once a format
     out = {}
     with matplotlib.rc_context({"svg.hashsalt": "w2s", "svg.fonttype": "path"}):
