@@ -12,7 +12,8 @@ from w2s_jax import logger
 from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, check_store, describe, flatten, folder, key_type, shipped
 from w2s_jax.errors import UserError, nearest
 
-LABEL_SPLITS = ("b", "a", "train", "val", "test")  # what the stage label takes as `split`
+# What a key may hold in one stage, where that is not what it may hold elsewhere.
+OF_STAGE = {("label", "split"): ("b", "a", "train", "val", "test"), ("pretrain", "param_dtype"): ("float32", "bfloat16")}
 
 # Closed ranges (low, high); a low of TINY excludes 0. Keys that stand nowhere here are free.
 TINY = float.fromhex("0x1p-1022")
@@ -24,13 +25,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "learning_rate": (TINY, 1e6), "final_lr_fraction": (0, 1), "warmup_steps": (0, math.inf),
     "grad_clip": (0, 1e30), "weight_decay": (0, 1e30), "dropout": (0, 1 - 1e-9),
     "log_every": (1, math.inf), "eval_every": (0, math.inf), "eval_batch_size": (0, math.inf),
-    "checkpoint_every": (0, math.inf), "steps_per_dispatch": (0, math.inf),
+    "checkpoint_every": (0, math.inf), "patience": (0, math.inf), "steps_per_dispatch": (0, math.inf),
     "replicates": (40, math.inf), "repeats": (1, math.inf), "n_label": (1, math.inf), "arch.vocab": (2, math.inf),
     "arch.width": (1, math.inf), "arch.layers": (1, math.inf), "arch.heads": (1, math.inf), "arch.context": (1, math.inf),
     "loss_args.alpha": (0, 1e6), "loss_args.beta": (0, 1e6), "loss_args.aux_coef": (0, 1), "loss_args.warmup": (0, 1e12),
     "loss_args.buffer": (1, math.inf), "loss_args.chunk": (0, math.inf), "loss_args.radius": (TINY, 1),
     "optimizer_args.b1": (0, 1 - 1e-12), "optimizer_args.b2": (0, 1 - 1e-12), "optimizer_args.eps": (TINY, 1),
     "optimizer_args.momentum": (0, 1 - 1e-12),
+    "lora.rank": (1, math.inf), "lora.alpha": (TINY, 1e6), "lora.dropout": (0, 1 - 1e-9),
 }  # fmt: skip
 RUNS = ("run", "weak", "ceiling", "student", "label")  # keys that name a run directory
 
@@ -61,13 +63,16 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
         if value is None or (value == "" and defaults.get(key) == ""):  # left open
             continue
         if key in CHOICES:
-            _choose(key, value, LABEL_SPLITS if (c.get("stage"), key) == ("label", "split") else CHOICES[key])
+            _choose(key, value, OF_STAGE.get((c.get("stage"), key), CHOICES[key]))
         if key in RANGES and not (key == "loss_args.radius" and value == "midweak"):
             _in_range(key, value)
     if losses:
         _check_arguments(c, "loss", LOSS_ARGS, losses)
     if "optimizer" in c:
         _check_arguments(c, "optimizer", OPTIMIZER_ARGS, (c.optimizer,))
+    for name, value in (c.get("lora") or {}).items():
+        if value is not None and c.train != "lora":
+            raise UserError(f"config.lora.{name}: {value!r} is set, but train={c.train} trains no adapters; expected train=lora")
     if "mesh" in c:
         _check_mesh(c.mesh)
     if "logger" in c:
@@ -180,6 +185,12 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
             raise UserError(f"config.loss_args.warmup: {c.loss_args.warmup!r}, expected a fraction of training (0 to 1) for {loss}")
     if c.get("steps") is not None and c.get("warmup_steps", 0) >= c.steps:
         raise UserError(f"config.warmup_steps: {c.warmup_steps}, expected fewer than config.steps ({c.steps})")
+    if c.get("select", "last") != "last":
+        for key in ("eval_every", "n_val"):
+            if not c[key]:
+                raise UserError(f"config.{key}: 0, expected more with select={c.select}, which scores validation documents as it goes")
+    elif c.get("patience"):
+        raise UserError(f"config.patience: {c.patience}, but select=last compares no steps; expected val_labels, agreement or oracle")
     if "arch" in c and not c.get("model"):
         if c.arch.width % c.arch.heads:
             raise UserError(f"config.arch.heads: {c.arch.heads}, expected a divisor of config.arch.width ({c.arch.width})")

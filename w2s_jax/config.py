@@ -36,16 +36,19 @@ OPTIMIZER_ARGS: dict[str, dict] = {
     "adafactor_openai": {},
 }
 
+# Settings of LoRA, with their defaults: rank 8, scale 1 and every matrix of the layers, as EleutherAI/w2s has them.
+LORA_ARGS: dict = {"rank": 8, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "rslora": False, "init": ""}
+
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": ("finetune", "label", "export", "pretrain", "sweep", "report", "benchmark"),
     "dtype": ("float32", "bfloat16"),
-    "param_dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
-    "train": ("full", "head"),
-    "head_init": ("zeros", "normal"),
+    "train": ("full", "head", "lora"),
+    "head_init": ("zeros", "normal", "small"),
     "readout": ("auto", "last", "mean", "first"),
     "split": ("a", "b", "train"),
     "group": ("auto", "none"),
@@ -55,6 +58,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("constant", "cosine", "linear"),
     "optimizer": tuple(OPTIMIZER_ARGS),
     "keep": ("params", "all", "none"),
+    "select": ("last", "val_labels", "agreement", "oracle"),
     "logger": ("none", "tensorboard", "wandb"),
 }
 
@@ -230,8 +234,10 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         A dict that survives a JSON round trip unchanged.
     """
     result = json.loads(json.dumps(c.to_dict()))
+    selects = c.get("select", "last") != "last"  # then the evaluations decide which step is kept
     for key in (*EXECUTION, *NAMES_OF_CONTENT):
-        result.pop(key, None)
+        if not (selects and key == "eval_every"):
+            result.pop(key, None)
     for key in CONTENT:
         if key in result:
             assert key in fingerprints or not result[key], f"identity() needs the fingerprint of {key}={result[key]!r}"
@@ -240,6 +246,8 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         result["loss_args"] = loss_args(c)
     if "optimizer" in c:
         result["optimizer_args"] = optimizer_args(c)
+    if "lora" in c and c.train != "lora":
+        result["lora"] = None
     if c.get("model") and "arch" in result:
         result["arch"] = None  # the sizes come from the model
     return plain_identity(result | fingerprints)
