@@ -50,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.overlong = "drop"  # over-long documents: drop | truncate | error
     c.shuffle = "once"  # order of the training documents: none (file order) | once | epoch
     c.labels = ""  # train on these labels: a label run's folder, or a parquet file; empty = ground truth
+    c.stats_labels = ""  # labels whose statistics the loss takes (window's radius "midweak"); empty = those that are trained on
 
     # Loss
     c.loss = "xent"  # xent product logconf logconf_openai logconf_eleuther entropy window kl reverse_xent reverse_kl

@@ -43,7 +43,7 @@ PEFT_CASES = {  # case -> target_modules and other settings of the adapter that 
     "phi3": (["qkv_proj", "gate_up_proj"], {}),
     "bert": (r".*attention.*(query|output\.dense)", {}),
     "roberta": (["query", "value"], {}),
-    "modernbert": (r"model\.layers\.\d+\.(attn|mlp)\..*", {}),
+    "modernbert": (r"model\.layers\.\d+\.(attn\.(Wqkv|Wo)|mlp\.W[io])", {}),
 }
 
 
@@ -115,7 +115,7 @@ def test_a_run_in_pefts_format(case, targets, task, tmp_path, monkeypatch, capsy
     """README.md's lines give the run's logits with PEFT, and a further run starts where this one ended."""
     pytest.importorskip("peft")
     base = test_export.base_model(case, tmp_path / "base")
-    keys = KEYS | {"lora__targets": targets}
+    keys = KEYS | {"lora__targets": targets, "learning_rate": 6e-2}
     if case.split()[0] == "roberta":
         keys |= {"readout": "auto"}
     run = test_export.train(base, task, tmp_path / "run", **keys)
@@ -306,7 +306,7 @@ FIRST = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 @pytest.mark.parametrize("change, settings, keys, message", [
     (lambda t: t.pop(FIRST), {}, {}, "does not fit the model and adapter_config.json: base_model.*c_attn.lora_A.weight is missing"),
     (lambda t: t.update(extra=np.zeros(2)), {}, {}, "extra has no place"),
-    (lambda t: t.update({FIRST: np.zeros((3, 3), np.float32)}), {}, {}, r"is \[3, 3\], expected \[4, 32\]"),
+    (lambda t: t.update({FIRST: np.zeros((3, 3), np.float32)}), {}, {}, r"is \[3, 3\], expected \[4, 36\]"),
     (lambda t: None, {"use_dora": True}, {}, "use_dora=True is not supported"),
     (lambda t: None, {"rank_pattern": {"a": 2}}, {}, "rank_pattern="),
     (lambda t: None, {"peft_type": "IA3"}, {}, "peft_type='IA3', expected LORA"), (lambda t: None, {"r": 0}, {}, "r=0 is not what PEFT"),

@@ -82,7 +82,7 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
 
 def _check_paths(c: ConfigDict) -> None:
     """What the config names exists, as far as it is here and not on a hub."""
-    for key in ("task", "task_dir", "labels", "file", "corpus", "root", *RUNS):
+    for key in ("task", "task_dir", "labels", "stats_labels", "file", "corpus", "root", *RUNS):
         if isinstance(c.get(key), str):
             check_store(f"config.{key}", c[key])
     if c.get("task"):
@@ -91,7 +91,7 @@ def _check_paths(c: ConfigDict) -> None:
         check_model(c.model)
     if c.get("tokenizer") and is_path(c.tokenizer) and not Path(c.tokenizer).expanduser().is_dir():
         raise UserError(f"config.tokenizer: {c.tokenizer!r}, no such folder")
-    for key in ("labels", "file", "corpus", "root", *RUNS):
+    for key in ("labels", "stats_labels", "file", "corpus", "root", *RUNS):
         name = c.get(key)
         if not isinstance(name, str) or not name or "://" in name or (key, name) == ("corpus", "world"):
             continue
@@ -106,8 +106,13 @@ def _check_paths(c: ConfigDict) -> None:
 
 def _check_sweep(c: ConfigDict) -> None:
     """The lists of a sweep, and the configs that its runs start from (`graph.check` says whether the lists fit together)."""
-    for loss in c.losses:
-        _choose("losses", loss, CHOICES["loss"])
+    for key, choices in (("losses", CHOICES["loss"]), *((key, tuple(PROBE_ARGS)) for key in ("probes", "filters", "relabels")),
+                         ("ensembles", CHOICES["how"]), ("floors", ("zero_shot", "few_shot"))):
+        for value in c[key]:
+            _choose(key, value, choices)
+    _choose("members", c.members, ("seeds", "models"))
+    for key in ("s2s_rounds", "shots"):
+        _in_range(key, c[key], (0 if key == "s2s_rounds" else 1, math.inf))
     for rung in c.rungs:
         from w2s_jax.data.world import RUNGS
 

@@ -26,7 +26,8 @@ def identity(config, planned: dict | None = None, task: str | None = None) -> di
     ident = config_lib.identity(config, {
         "model": workload.fingerprint_model(config.model, config.revision, planned),
         "task": task or workload.fingerprint_task(config, planned),
-        "labels": workload.fingerprint_labels(config.labels, planned)})
+        "labels": workload.fingerprint_labels(config.labels, planned),
+        "stats_labels": workload.fingerprint_labels(config.stats_labels, planned)})
     if ident["lora"]:
         ident["lora"]["init"] = f"sha256:{peft.fingerprint(config.lora.init)}" if config.lora.init else ""
     return ident
@@ -98,7 +99,7 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     if config.warmup_steps >= len(batches):
         raise UserError(f"warmup_steps={config.warmup_steps}: expected fewer than the run's {len(batches)} steps")
     truth = not config.labels
-    loss = losses.make(config.loss, config_lib.loss_args(config), ground_truth=truth, label_stats=losses.label_statistics(fit.soft_labels))
+    loss = losses.make(config.loss, config_lib.loss_args(config), ground_truth=truth, label_stats=_statistics(config, fit))
     optimizer = optimizers.make(config.optimizer, config_lib.optimizer_args(config), weight_decay=config.weight_decay,
                                 grad_clip=config.grad_clip)
     notes += [notice for notice in (loss.notice, optimizer.notice) if notice]
@@ -137,6 +138,17 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     if warning := metrics.small_test_warning(results):
         say(warning)
     return results
+
+
+def _statistics(config, fit: Examples) -> dict:
+    """What the loss may ask of a label set: of the labels trained on, or of those of the same documents in `config.stats_labels`."""
+    if not config.stats_labels:
+        return losses.label_statistics(fit.soft_labels)
+    given = labels_lib.read(config.stats_labels)
+    at = {i: row for row, i in enumerate(given.ids)}
+    if absent := [i for i in fit.ids if i not in at]:
+        raise UserError(f"stats_labels: {given.path} has no label for {len(absent)} of {len(fit)} documents, the first {absent[0]!r}")
+    return losses.label_statistics(given.probs[[at[i] for i in fit.ids]])
 
 
 class _Evaluator:
