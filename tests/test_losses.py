@@ -39,7 +39,7 @@ def differentiate(loss, logits, labels, ctx, state):
 
 @functools.partial(jax.jit, static_argnums=0)
 def retarget(loss, logits, labels, ctx, state):
-    real = ctx.mask.astype(bool)
+    real = ctx.weights > 0
     targets, weights, _ = losses.LOSSES[loss.name].rule(loss, logits, jax.nn.softmax(logits), labels, ctx, real, state)
     return targets, jnp.broadcast_to(weights, real.shape)
 
@@ -48,7 +48,7 @@ def value_and_gradient(loss, logits, labels, ctx, state=None, slots=12):
     """Of a batch of `slots`, the last ones empty, so that most tests share a program (and none could do with a plain mean)."""
     n, extra = len(logits), max(slots - len(logits), 0)
     logits, labels = (jnp.pad(x, ((0, extra), (0, 0))) for x in (logits, labels))
-    ctx = ctx._replace(mask=jnp.pad(ctx.mask, (0, extra)))
+    ctx = ctx._replace(weights=jnp.pad(ctx.weights, (0, extra)))
     (value, state), gradient = differentiate(loss, logits, labels, ctx, loss.init_state() if state is None else state)
     return float(value), np.asarray(gradient)[:n], state
 
@@ -181,6 +181,19 @@ def test_per_document_losses_add_up(name, args):
              for i in (0, 4, 8)]
     assert sum(p[0] for p in parts) == pytest.approx(whole[0], abs=1e-6)
     np.testing.assert_allclose(np.concatenate([p[1] for p in parts]), whole[1], atol=1e-7)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_weights_multiply_a_documents_term(name):
+    """Its gradient too; what a loss takes from the whole batch (a quantile, a mean) does not depend on them."""
+    loss = losses.make(name, ground_truth=False)
+    logits, labels = random_batch(np.random.default_rng(6), 8)
+    plain, weighted = context(8, 0.3), context(8, 0.3)._replace(weights=jnp.float32([2, 0.5, 1, 0.25, 3, 1, 1, 0.5]))
+    value, gradient, _ = value_and_gradient(loss, logits, labels, plain)
+    _, scaled, _ = value_and_gradient(loss, logits, labels, weighted)
+    np.testing.assert_allclose(scaled, gradient * np.asarray(weighted.weights)[:, None], rtol=1e-5, atol=1e-8)
+    double, _, _ = value_and_gradient(loss, logits, labels, plain._replace(weights=jnp.full(8, 2.0)))
+    np.testing.assert_allclose(double, 2 * value, rtol=1e-6)
 
 
 def test_threshold_losses_need_the_whole_batch():

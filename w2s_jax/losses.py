@@ -33,13 +33,13 @@ class Context(NamedTuple):
 
     Attributes:
       coefficient: float32 scalar, `Loss.coefficient(step, total_steps)` worked out on the host in double.
-      mask: `[batch]`, 1 for a real document and 0 for an empty slot.
+      weights: `[batch]`, the weight of each document's term: 1 unless the label file weighs them, 0 for an empty slot.
       denominator: float32 scalar, the number of real documents in the WHOLE batch (`next_token`: of predicted tokens),
         also where only a microbatch of it is given.
     """
 
     coefficient: jax.Array
-    mask: jax.Array
+    weights: jax.Array
     denominator: jax.Array
 
 
@@ -252,7 +252,7 @@ class Loss:
     def per_document(self) -> bool:
         """Whether the scalar is a sum over documents of independent terms over `context.denominator`.
 
-        If so, a microbatch may be evaluated alone, with its own mask and the whole batch's denominator.
+        If so, a microbatch may be evaluated alone, with its own weights and the whole batch's denominator.
         """
         return self._kind.per_document
 
@@ -277,13 +277,13 @@ class Loss:
         Args:
           logits: float32 `[batch, classes]`; for "next_token" each document's summed negative log-likelihood `[batch, 1]`.
           labels: float32 `[batch, classes]`, each row a distribution; for "next_token" the counts of predicted tokens `[batch, 1]`.
-          context: see `Context`. Rows where its mask is 0 have no influence, whatever stands in them.
+          context: see `Context`. Rows where its weights are 0 have no influence, whatever stands in them.
           state: what `init_state` or the last call gave.
 
         Raises:
           UserError: a threshold loss (logconf*) was given other than two classes.
         """
-        real = context.mask.astype(bool)
+        real = context.weights > 0
         # Cleaned on the way in, not only weighted by 0: NaN * 0 is NaN, in the gradient too.
         logits = jnp.where(real[:, None], logits.astype(jnp.float32), 0)
         labels = jnp.where(real[:, None], labels.astype(jnp.float32), 1 / labels.shape[-1])
@@ -295,7 +295,7 @@ class Loss:
             p = jax.lax.optimization_barrier(jax.nn.softmax(jax.lax.stop_gradient(logits)))
             targets, weights, state = kind.rule(self, jax.lax.stop_gradient(logits), p, labels, context, real, state)
             values = jax.lax.stop_gradient(weights) * _cross_entropy(jax.lax.stop_gradient(targets), logits)
-        return jnp.sum(jnp.where(real, values, 0)) / context.denominator, state
+        return jnp.sum(jnp.where(real, values * context.weights, 0)) / context.denominator, state
 
 
 def make(name: str, args: dict | None = None, *, ground_truth: bool, label_stats: dict | None = None) -> Loss:

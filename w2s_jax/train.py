@@ -82,7 +82,7 @@ def _gradients(program: Program, trainable, frozen, loss_state, x, key):
 
     `x["batch"]` has a leading axis of microbatches.
     """
-    context = losses.Context(x["coefficient"], x["mask"], x["denominator"])
+    context = losses.Context(x["coefficient"], x["weights"], x["denominator"])
     batch, labels = x["batch"], x["labels"]
     microbatches = batch["tokens"].shape[0]
     if microbatches == 1:
@@ -100,7 +100,7 @@ def _gradients(program: Program, trainable, frozen, loss_state, x, key):
         def body(carry, part):
             total, grads = carry
             slot = part["documents"].reshape(-1)
-            inside = context._replace(mask=(slot >= 0).astype(jnp.float32))
+            inside = context._replace(weights=jnp.where(slot >= 0, context.weights[slot], 0.0))
 
             def objective(trainable):
                 flat = _logits(program, trainable, frozen, part, key)
@@ -130,7 +130,7 @@ def step(program: Program, trainable, opt_state, loss_state, frozen, key, x):
     key = jax.random.fold_in(key, x["step"])
     value, logits, loss_state, grads = _gradients(program, trainable, frozen, loss_state, x, key)
     trainable, opt_state = program.optimizer.update(grads, opt_state, trainable, x["lr"])
-    right = (jnp.argmax(logits, -1) == jnp.argmax(x["labels"], -1)) * x["mask"]
+    right = (jnp.argmax(logits, -1) == jnp.argmax(x["labels"], -1)) * (x["weights"] > 0)
     return trainable, opt_state, loss_state, jnp.stack([value.astype(jnp.float32), right.sum()])
 
 
@@ -171,14 +171,16 @@ class Corpus:
     Attributes:
       tokens: token ids of each document.
       labels: float32 `[documents, classes]` (predicted-token counts `[documents, 1]` for a language model).
-      weights: each document's share of the loss's denominator: ones, or its predicted tokens.
+      counts: each document's share of the loss's denominator: ones, or its predicted tokens.
       ids: names for messages.
+      weights: of each document's term of the loss, above 0, float32 `[documents]`; None = all 1.
     """
 
     tokens: list[np.ndarray]
     labels: np.ndarray
-    weights: np.ndarray
+    counts: np.ndarray
     ids: list[str]
+    weights: np.ndarray | None = None
 
 
 def steps_per_dispatch(config, model, tokens_per_step: float) -> int:
@@ -225,8 +227,8 @@ def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: in
         rows.append({
             "batch": {k: packed[k] for k in PACKED}, "where": packed["where"],
             "labels": np.pad(corpus.labels[docs].astype(np.float32), ((0, pad), (0, 0))),
-            "mask": np.pad(np.ones(len(docs), np.float32), (0, pad)),
-            "denominator": np.float32(corpus.weights[docs].sum()),
+            "weights": np.pad(np.ones(len(docs), np.float32) if corpus.weights is None else corpus.weights[docs], (0, pad)),
+            "denominator": np.float32(corpus.counts[docs].sum()),
             "lr": np.float32(rates[s]), "coefficient": np.float32(coefficients[s]), "step": np.int32(s),
         })
     rows += [rows[-1]] * (group - len(rows))

@@ -28,6 +28,7 @@ class Examples:
       tokens: documents as int32 arrays of token ids; None until tokenized.
       soft_labels: float32 `[n, classes]`, rows sum to 1; a row of NaN where unknown.
       groups: what must stay on one side of a split, one string a document.
+      weights: float32 `[n]`, how much each document counts in training (0 = it is left out); None = all alike.
     """
 
     ids: list[str]
@@ -35,10 +36,11 @@ class Examples:
     tokens: list[np.ndarray] | None
     soft_labels: np.ndarray
     groups: list[str]
+    weights: np.ndarray | None = None
 
     def __post_init__(self):
         n = len(self.ids)
-        for name in ("texts", "tokens", "soft_labels", "groups"):
+        for name in ("texts", "tokens", "soft_labels", "groups", "weights"):
             column = getattr(self, name)
             if column is not None and len(column) != n:
                 raise ValueError(f"column {name} has {len(column)} rows, ids has {n}")
@@ -65,7 +67,8 @@ class Examples:
         rows = [int(r) for r in rows]
         pick = lambda column: None if column is None else [column[r] for r in rows]  # noqa: E731
         return Examples(pick(self.ids), pick(self.texts), pick(self.tokens),
-                        self.soft_labels[np.asarray(rows, dtype=np.int64)], pick(self.groups))
+                        self.soft_labels[np.asarray(rows, dtype=np.int64)], pick(self.groups),
+                        None if self.weights is None else self.weights[np.asarray(rows, dtype=np.int64)])
 
     def replace(self, **columns) -> Examples:
         return dataclasses.replace(self, **columns)

@@ -1,7 +1,8 @@
 """Predictions on disk, and the labels that a student takes from them.
 
 A predictions file is parquet with the columns id, text_sha, label (the truth, null if unknown),
-logits, probs (list<float32>), p (probability of class 1, where there are two) and group.
+logits, probs (list<float32>), p (probability of class 1, where there are two) and group. A label file may have
+a column weight: how much a document counts in a student's training, 0 where it is left out (filters, ensembles).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from w2s_jax.data.tasks import Row
 from w2s_jax.errors import UserError
 
 
-def write_predictions(path, examples: Examples, logits: np.ndarray) -> None:
+def write_predictions(path, examples: Examples, logits: np.ndarray, weights: np.ndarray | None = None) -> None:
     """Writes a predictions file, atomically.
 
     Args:
       path: the parquet file, local or gs://; its folder is made.
       examples: the documents, with whatever labels are known of them.
       logits: float32 `[n, classes]`, one row a document.
+      weights: float32 `[n]`, 0 or more, for the column weight; None = no such column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -33,6 +35,8 @@ def write_predictions(path, examples: Examples, logits: np.ndarray) -> None:
     logits = np.asarray(logits, np.float32)
     if logits.ndim != 2 or len(logits) != len(examples):
         raise ValueError(f"logits {logits.shape} for {len(examples)} documents")
+    if weights is not None and (np.shape(weights) != (len(examples),) or not np.isfinite(weights).all() or np.min(weights) < 0):
+        raise ValueError(f"weights {np.shape(weights)} for {len(examples)} documents: expected finite ones, 0 or more")
     probs = softmax(logits)
     table = {
         "id": pa.array(examples.ids, pa.string()),
@@ -44,6 +48,8 @@ def write_predictions(path, examples: Examples, logits: np.ndarray) -> None:
     if logits.shape[1] == 2:
         table["p"] = pa.array(probs[:, 1], pa.float32())
     table["group"] = pa.array(examples.groups, pa.string())
+    if weights is not None:
+        table["weight"] = pa.array(np.asarray(weights, np.float32), pa.float32())
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(table), sink)
     path = epath.Path(path)
@@ -62,18 +68,22 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """A label file: `ids`, `text_shas` (None where the file has none) and `probs` float32 `[n, classes]`."""
+    """A label file: `ids`, `text_shas` (None where the file has none), `probs` float32 `[n, classes]` and `weights` float32 `[n]`
+    (None where the file has none)."""
 
     path: str
     ids: list[str]
     text_shas: list[str] | None
     probs: np.ndarray
+    weights: np.ndarray | None = None
 
     @property
     def fingerprint(self) -> str:
         """Hex digest over the content, whatever the order of the rows and the kind of file."""
         shas = self.text_shas or [""] * len(self.ids)
         rows = sorted(zip(self.ids, shas, (p.tobytes() for p in self.probs.astype("<f4"))))
+        if self.weights is not None:
+            rows += sorted(zip(self.ids, (w.tobytes() for w in self.weights.astype("<f4"))))
         digest = hashlib.sha256()
         for row in rows:
             digest.update(repr(row).encode())
@@ -101,8 +111,9 @@ def read(path) -> Labels:
     """Reads a label file, or a run directory's.
 
     The file (parquet, jsonl or csv) has a column `id` and the first of these that is there: `probs` (one
-    probability a class), `p` (that of class 1), `label` (0 or 1); `text_sha` is checked where there is one.
-    Raises UserError for repeated ids and for what is not a probability.
+    probability a class), `p` (that of class 1), `label` (0 or 1); `text_sha` is checked where there is one, and
+    `weight` (0 or more) says how much a document counts.
+    Raises UserError for repeated ids, for what is not a probability and for weights that are none, or all 0.
     """
     source = sources.read_file(find(path))
     names = set(source.rows[0])
@@ -122,7 +133,21 @@ def read(path) -> Labels:
         if probs is None:
             raise UserError(f"labels: {source.name}: rows of 'probs' differ in length")
     shas = [row.text("text_sha") for row in rows] if "text_sha" in names else None
-    return Labels(source.name, ids, shas, probs.astype(np.float32))
+    weights = np.asarray([_weight(row) for row in rows], np.float32) if "weight" in names else None
+    if weights is not None and not weights.any():
+        raise UserError(f"labels: {source.name}: every document has weight 0, expected some that are trained on")
+    return Labels(source.name, ids, shas, probs.astype(np.float32), weights)
+
+
+def _weight(row: Row) -> float:
+    value = row.get("weight")
+    try:  # a csv file holds texts
+        weight = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise UserError(f"{row.where}: column 'weight' is {value!r}, expected a number of 0 or more")
+    return weight
 
 
 def _values(row: Row, kind: str) -> list:
@@ -143,7 +168,7 @@ def _probabilities(row: Row, kind: str) -> np.ndarray:
 
 
 def attach(examples: Examples, path, dropped: frozenset[str] = frozenset()) -> Examples:
-    """The same documents with the soft labels of `path` (or of `Labels`), matched by id and text.
+    """The same documents with the soft labels (and weights, if there are) of `path` (or of `Labels`), matched by id and text.
 
     Raises UserError, with the count and the first example, where documents have no label, labels have no
     document (those of the `dropped` ids excepted, which the run itself left out and counted), or a label was made
@@ -166,4 +191,5 @@ def attach(examples: Examples, path, dropped: frozenset[str] = frozenset()) -> E
     if problems:
         raise UserError(f"labels: {given.path} does not fit the data: {'; '.join(problems)} "
                         "(task, data_seed, n_train, split and group must be those of the labelled run)")
-    return examples.replace(soft_labels=given.probs[[at[i] for i in examples.ids]])
+    rows = [at[i] for i in examples.ids]
+    return examples.replace(soft_labels=given.probs[rows], weights=None if given.weights is None else given.weights[rows])

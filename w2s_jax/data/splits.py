@@ -136,7 +136,8 @@ def concat(*parts: Examples) -> Examples:
     def join(columns):
         return None if any(c is None for c in columns) else [x for c in columns for x in c]
     return Examples(join([p.ids for p in parts]), join([p.texts for p in parts]), join([p.tokens for p in parts]),
-                    np.concatenate([p.soft_labels for p in parts]), join([p.groups for p in parts]))
+                    np.concatenate([p.soft_labels for p in parts]), join([p.groups for p in parts]),
+                    None if any(p.weights is None for p in parts) else np.concatenate([p.weights for p in parts]))
 
 
 def fingerprint(config) -> str:

@@ -30,7 +30,8 @@ def identity(config, planned: dict | None = None, task: str | None = None) -> di
 
 
 def _training_examples(config, prepared, labels, folder, limits, vocab, notes) -> tuple[Examples, Examples | None, dict]:
-    """Training documents with the labels that are trained on, validation documents (None without), and what was dropped."""
+    """Training documents with the labels that are trained on (those that these weigh 0 are left out), validation documents (None
+    without), and what was dropped."""
     dropped = dict(prepared.n_dropped)
     parts = {}
     for name, part, what in (("train", prepared.train, "training"), ("val", prepared.val, "validation")):
@@ -43,6 +44,13 @@ def _training_examples(config, prepared, labels, folder, limits, vocab, notes) -
         joined = splits.concat(*parts.values())
         left_out = frozenset(prepared.train.ids + prepared.val.ids) - set(joined.ids)
         fit = labels_lib.attach(joined, labels, left_out).select(range(len(fit)))
+        if fit.weights is not None:
+            kept = np.flatnonzero(fit.weights > 0)
+            dropped["filtered"] = len(fit) - len(kept)
+            notes.append(f"training: {dropped['filtered']} of {len(fit)} documents have labels of weight 0 and are left out")
+            if not len(kept):
+                raise UserError(f"labels: {labels.path} leaves no training document: all {len(fit)} have weight 0")
+            fit = fit.select(kept)
     return fit, val, dropped
 
 
@@ -90,7 +98,8 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
                                 grad_clip=config.grad_clip)
     notes += [notice for notice in (loss.notice, optimizer.notice) if notice]
     rates = optimizers.learning_rates(config.schedule, config.learning_rate, len(batches), config.warmup_steps)
-    corpus = train.Corpus(fit.tokens, fit.soft_labels, np.ones(len(fit), np.float32), fit.ids)
+    weights = None if fit.weights is None or len(np.unique(fit.weights)) == 1 else fit.weights / fit.weights.mean()
+    corpus = train.Corpus(fit.tokens, fit.soft_labels, np.ones(len(fit), np.float32), fit.ids, weights)
     plan = train.make_plan(config, model, corpus, batches, mesh)
     program = train.Program(model, loss, optimizer, mesh, config.train)
     stats: dict = {}
