@@ -25,6 +25,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "grad_clip": (0, 1e30), "weight_decay": (0, 1e30), "dropout": (0, 1 - 1e-9),
     "log_every": (1, math.inf), "eval_every": (0, math.inf), "eval_batch_size": (0, math.inf),
     "checkpoint_every": (0, math.inf), "steps_per_dispatch": (0, math.inf),
+    "contamination": (TINY, 1 - 1e-9),
     "replicates": (40, math.inf), "repeats": (1, math.inf), "n_label": (1, math.inf), "arch.vocab": (2, math.inf),
     "arch.width": (1, math.inf), "arch.layers": (1, math.inf), "arch.heads": (1, math.inf), "arch.context": (1, math.inf),
     "loss_args.alpha": (0, 1e6), "loss_args.beta": (0, 1e6), "loss_args.aux_coef": (0, 1), "loss_args.warmup": (0, 1e12),
@@ -77,12 +78,14 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
 
 def _check_paths(c: ConfigDict) -> None:
     """What the config names exists, as far as it is here and not on a hub."""
-    for key in ("task", "task_dir", "labels", "file", "corpus", "root", *RUNS):
+    for key in ("task", "task_dir", "labels", "file", "corpus", "root", "features", *RUNS):
         if isinstance(c.get(key), str):
             check_store(f"config.{key}", c[key])
     if c.get("task"):
         check_task(c.task, c.get("task_dir", ""))
-    if c.get("model"):
+    if c.get("features") and "://" not in c.features and Path(c.features).expanduser().is_file():
+        raise UserError(f"config.features: {c.features!r} is a file, expected a folder")
+    if c.get("model") and not (c.get("stage") == "probe" and c.run):  # the run names its own model
         check_model(c.model)
     if c.get("tokenizer") and is_path(c.tokenizer) and not Path(c.tokenizer).expanduser().is_dir():
         raise UserError(f"config.tokenizer: {c.tokenizer!r}, no such folder")
@@ -185,6 +188,8 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
             raise UserError(f"config.arch.heads: {c.arch.heads}, expected a divisor of config.arch.width ({c.arch.width})")
         if c.get("max_length", 0) > c.arch.context:
             raise UserError(f"config.max_length: {c.max_length}, expected at most config.arch.context ({c.arch.context})")
+    if "layer" in c and c.layer not in ("middle", "last") and not c.layer.isdecimal():
+        raise UserError(f"config.layer: {c.layer!r}, expected middle, last or a number of 0 (embeddings) or more")
     if c.get("stage") == "benchmark" and c.batch_size > c.n_train:
         raise UserError(f"config.batch_size: {c.batch_size}, expected at most config.n_train ({c.n_train})")
 

@@ -38,7 +38,7 @@ OPTIMIZER_ARGS: dict[str, dict] = {
 
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("finetune", "label", "export", "pretrain", "sweep", "report", "benchmark"),
+    "stage": ("finetune", "label", "probe", "export", "pretrain", "sweep", "report", "benchmark"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
     "matmul_precision": ("default", "high", "highest"),
@@ -54,6 +54,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": tuple(LOSS_ARGS),
     "schedule": ("constant", "cosine", "linear"),
     "optimizer": tuple(OPTIMIZER_ARGS),
+    "mode": ("predict", "filter", "relabel"),
+    "pool": ("last", "mean"),
     "keep": ("params", "all", "none"),
     "logger": ("none", "tensorboard", "wandb"),
 }
@@ -61,7 +63,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Keys that change how a run is executed, not what comes out: two runs that differ only in these are the same run.
 EXECUTION = (
     "mesh", "microbatch_size", "remat", "attention", "steps_per_dispatch", "logger", "log_every", "eval_every",
-    "checkpoint_every", "keep", "eval_batch_size", "workdir",
+    "checkpoint_every", "keep", "eval_batch_size", "features", "workdir",
 )  # fmt: skip
 # Keys whose content counts, not their name: an identity holds a fingerprint in their place.
 CONTENT = ("model", "task", "labels", "run", "corpus", "tokenizer")

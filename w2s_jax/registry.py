@@ -55,8 +55,10 @@ def fill(config: ConfigDict) -> ConfigDict:
     """A copy of a stage's config in which what was left to the model is set; the config itself if nothing was, or it names no model.
 
     Left open are: learning_rate unset, remat "auto", revision "", and mesh axes 0. Of a mesh that is partly set the other axes
-    take what is left: `data` all devices (1 where another axis is -1), the others 1.
+    take what is left: `data` all devices (1 where another axis is -1), the others 1. A probe of a run waits for the run's model.
     """
+    if config.get("stage") == "probe" and config.get("run"):
+        return config
     own = defaults(config.get("model") or "")
     changes: dict = {key: own[key] for key, open_ in (("learning_rate", None), ("remat", "auto"), ("revision", ""))
                      if key in config and config[key] == open_}
