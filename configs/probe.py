@@ -11,6 +11,7 @@ neither fitted nor filtered and keep their labels.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -21,8 +22,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Probe
     c.mode = "predict"  # predict (the test set) | filter (the split's labels) | relabel (the split's documents)
-    c.probe = "logreg"  # PROBES
+    c.probe = "logistic"  # knn logistic linear mean_difference topofilter
     c.probe_args = ConfigDict()  # arguments of the probes; unset = the chosen probe's own default
+    c.probe_args.k = placeholder(int)  # knn, topofilter: neighbours (50)
+    c.probe_args.l2 = placeholder(float)  # logistic, linear: penalty on the squared weights; unset = by cross-validation
+    c.probe_args.folds = placeholder(int)  # logistic, linear: folds of the cross-validation (5)
     c.contamination = 0.1  # filter: share of the training documents that is left out
     c.labels = ""  # labels to fit on: a label run's folder, or a parquet file; empty = ground truth (the probe's ceiling)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from w2s_jax import logger
-from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, check_store, describe, flatten, folder, key_type, shipped
+from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, PROBE_ARGS, check_store, describe, flatten, folder, key_type, shipped
 from w2s_jax.errors import UserError, nearest
 
 LABEL_SPLITS = ("b", "a", "train", "val", "test")  # what the stage label takes as `split`
@@ -32,6 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss_args.buffer": (1, math.inf), "loss_args.chunk": (0, math.inf), "loss_args.radius": (TINY, 1),
     "optimizer_args.b1": (0, 1 - 1e-12), "optimizer_args.b2": (0, 1 - 1e-12), "optimizer_args.eps": (TINY, 1),
     "optimizer_args.momentum": (0, 1 - 1e-12),
+    "probe_args.k": (1, math.inf), "probe_args.l2": (TINY, 1e30), "probe_args.folds": (2, math.inf),
 }  # fmt: skip
 RUNS = ("run", "weak", "ceiling", "student", "label")  # keys that name a run directory
 
@@ -69,6 +70,8 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
         _check_arguments(c, "loss", LOSS_ARGS, losses)
     if "optimizer" in c:
         _check_arguments(c, "optimizer", OPTIMIZER_ARGS, (c.optimizer,))
+    if "probe" in c:
+        _check_arguments(c, "probe", PROBE_ARGS, (c.probe,))
     if "mesh" in c:
         _check_mesh(c.mesh)
     if "logger" in c:
@@ -155,7 +158,7 @@ def _check_keys(flat: dict, expected: dict, reference: ConfigDict, stage: str) -
 
 
 def _check_arguments(c: ConfigDict, what: str, table: dict[str, dict], chosen) -> None:
-    """Arguments that are set are ones that (one of) the chosen losses or optimizers take."""
+    """Arguments that are set are ones that (one of) the chosen losses, optimizers or probes take."""
     takes = {name for one in chosen for name in table[one]}
     for name, value in (c.get(f"{what}_args") or {}).items():
         if value is None or name in takes:

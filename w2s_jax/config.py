@@ -54,6 +54,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": tuple(LOSS_ARGS),
     "schedule": ("constant", "cosine", "linear"),
     "optimizer": tuple(OPTIMIZER_ARGS),
+    "probe": tuple(PROBE_ARGS),
     "mode": ("predict", "filter", "relabel"),
     "pool": ("last", "mean"),
     "keep": ("params", "all", "none"),

@@ -156,7 +156,10 @@ class _Work:
 
     def _fitted(self, read):
         features_ = read(self.parts.train)
-        return features_, probes.fit(self.config.probe, self.args, features_[self.fit], self.soft[self.fit], seed=self.config.seed)
+        return features_, probes.fit(self.config.probe, self.args, features_[self.fit], self.soft[self.fit], **self._drawn())
+
+    def _drawn(self) -> dict:
+        return {"seed": self.config.seed, "groups": [self.parts.train.groups[row] for row in self.fit]}
 
     def predict(self, run_, read) -> dict:
         """Predictions of the test (and validation) documents."""
@@ -174,7 +177,7 @@ class _Work:
         """The labels with weights, once by the probe and once at random."""
         config, parts = self.config, self.parts
         chosen = probes.keep(config.probe, self.args, read(parts.train)[self.fit], self.soft[self.fit], config.contamination,
-                             seed=config.seed)
+                             **self._drawn())
         dropped = int((~chosen).sum())
         results = {"n": len(parts.given), "n_val": len(parts.val), "dropped": dropped, "dropped_fraction": dropped / len(self.fit)}
         results |= self._quality("", np.ones(len(self.fit), bool))
