@@ -36,6 +36,15 @@ OPTIMIZER_ARGS: dict[str, dict] = {
     "adafactor_openai": {},
 }
 
+# Arguments that each probe takes, with its defaults; an l2 of None is chosen by cross-validation (the reference's code has 1e-3).
+PROBE_ARGS: dict[str, dict] = {
+    "knn": {"k": 50},
+    "logistic": {"l2": None, "folds": 5},
+    "linear": {"l2": None, "folds": 5},
+    "mean_difference": {},
+    "topofilter": {"k": 50},
+}
+
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": ("finetune", "label", "probe", "export", "pretrain", "sweep", "report", "benchmark"),
@@ -206,8 +215,8 @@ def _resolve(values, defaults: dict) -> dict:
     for name, default in defaults.items():
         value = (values or {}).get(name)
         value = default if value is None else value
-        whole = isinstance(default, bool) or name in ("buffer", "chunk")
-        resolved[name] = value if whole or isinstance(value, str) else float(value)
+        whole = isinstance(default, bool) or name in ("buffer", "chunk", "k", "folds")
+        resolved[name] = value if whole or value is None or isinstance(value, str) else float(value)
     return resolved
 
 
@@ -219,6 +228,11 @@ def loss_args(c: ConfigDict) -> dict:
 def optimizer_args(c: ConfigDict) -> dict:
     """The chosen optimizer's arguments, its defaults filled in."""
     return _resolve(c.get("optimizer_args"), OPTIMIZER_ARGS[c.optimizer])
+
+
+def probe_args(c: ConfigDict) -> dict:
+    """The chosen probe's arguments, its defaults filled in; an l2 that nobody set stays None."""
+    return _resolve(c.get("probe_args"), PROBE_ARGS[c.probe])
 
 
 def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
@@ -243,6 +257,8 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         result["loss_args"] = loss_args(c)
     if "optimizer" in c:
         result["optimizer_args"] = optimizer_args(c)
+    if "probe" in c:
+        result["probe_args"] = probe_args(c)
     if c.get("model") and "arch" in result:
         result["arch"] = None  # the sizes come from the model
     return plain_identity(result | fingerprints)
