@@ -102,8 +102,8 @@ def _run(config, workdir, source, prepared, labels, ident: dict, rerun: bool, st
         for note in notes:
             say(note)
         say(f"{workload.shown(workdir)}: {config.mode} by {config.probe} on layer {layer} of {arch.layers} of "
-            f"{workload.shown(config.run or config.model)}, {workload.shown(config.task)}, {len(work.fit)} documents fitted, "
-            f"features of {missing} of {len(work.needed)} documents to be computed")
+            f"{workload.shown(config.run or config.model)}, {workload.shown(config.task)}, {len(work.fit)} documents to fit, "
+            f"{missing} of {len(work.needed)} documents without features yet")
         passed = time.perf_counter()
         if loaded:
             store.fill(config, loaded, work.needed, (layer,), stats=stats)
@@ -154,16 +154,16 @@ class _Work:
         wanted = [parts.train, parts.val, test] if config.mode == "predict" else [parts.train]
         self.needed = splits.concat(*(part for part in wanted if len(part)))
 
-    def _fitted(self, read):
-        features_ = read(self.parts.train)
-        return features_, probes.fit(self.config.probe, self.args, features_[self.fit], self.soft[self.fit], **self._drawn())
+    def _data(self, read) -> tuple:
+        """What a probe is fitted to: features [n, embed], soft labels [n]."""
+        return read(self.parts.train.select(self.fit)), self.soft[self.fit]
 
     def _drawn(self) -> dict:
         return {"seed": self.config.seed, "groups": [self.parts.train.groups[row] for row in self.fit]}
 
     def predict(self, run_, read) -> dict:
         """Predictions of the test (and validation) documents."""
-        _, fitted = self._fitted(read)
+        fitted = probes.fit(self.config.probe, self.args, *self._data(read), **self._drawn())
         results = {"probe": fitted.info}
         for name, part in (("val", self.parts.val), ("test", self.test)):
             if len(part):
@@ -176,8 +176,7 @@ class _Work:
     def filter(self, run_, read) -> dict:
         """The labels with weights, once by the probe and once at random."""
         config, parts = self.config, self.parts
-        chosen = probes.keep(config.probe, self.args, read(parts.train)[self.fit], self.soft[self.fit], config.contamination,
-                             **self._drawn())
+        chosen = probes.keep(config.probe, self.args, *self._data(read), config.contamination, **self._drawn())
         dropped = int((~chosen).sum())
         results = {"n": len(parts.given), "n_val": len(parts.val), "dropped": dropped, "dropped_fraction": dropped / len(self.fit)}
         results |= self._quality("", np.ones(len(self.fit), bool))
@@ -191,8 +190,8 @@ class _Work:
     def relabel(self, run_, read) -> dict:
         """The probe's predictions for the training documents; those for validation keep their labels."""
         parts, n = self.parts, len(self.parts.train)
-        features_, fitted = self._fitted(read)
-        logits = fitted.logits(features_)
+        fitted = probes.fit(self.config.probe, self.args, *self._data(read), **self._drawn())
+        logits = fitted.logits(read(parts.train))
         probs = np.concatenate([labels_lib.softmax(logits), parts.given.soft_labels[n:]])
         logits = np.concatenate([logits, labels_lib.log(parts.given.soft_labels[n:])])
         self._write(run_, self.config.split, logits=logits, probs=probs, weights=parts.given.weights)
