@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from w2s_jax import logger
-from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, check_store, describe, flatten, folder, key_type, shipped
+from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, PROBE_ARGS, check_store, describe, flatten, folder, key_type, shipped
 from w2s_jax.errors import UserError, nearest
 
 # What a key may hold in one stage, where that is not what it may hold elsewhere.
@@ -26,6 +26,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "grad_clip": (0, 1e30), "weight_decay": (0, 1e30), "dropout": (0, 1 - 1e-9),
     "log_every": (1, math.inf), "eval_every": (0, math.inf), "eval_batch_size": (0, math.inf),
     "checkpoint_every": (0, math.inf), "patience": (0, math.inf), "steps_per_dispatch": (0, math.inf),
+    "contamination": (TINY, 1 - 1e-9),
     "replicates": (40, math.inf), "repeats": (1, math.inf), "n_label": (1, math.inf), "arch.vocab": (2, math.inf),
     "arch.width": (1, math.inf), "arch.layers": (1, math.inf), "arch.heads": (1, math.inf), "arch.context": (1, math.inf),
     "loss_args.alpha": (0, 1e6), "loss_args.beta": (0, 1e6), "loss_args.aux_coef": (0, 1), "loss_args.warmup": (0, 1e12),
@@ -33,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer_args.b1": (0, 1 - 1e-12), "optimizer_args.b2": (0, 1 - 1e-12), "optimizer_args.eps": (TINY, 1),
     "optimizer_args.momentum": (0, 1 - 1e-12),
     "lora.rank": (1, math.inf), "lora.alpha": (TINY, 1e6), "lora.dropout": (0, 1 - 1e-9),
+    "probe_args.k": (1, math.inf), "probe_args.l2": (TINY, 1e30), "probe_args.folds": (2, math.inf),
 }  # fmt: skip
 RUNS = ("run", "weak", "ceiling", "student", "label")  # keys that name a run directory
 
@@ -73,6 +75,8 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
     for name, value in (c.get("lora") or {}).items():
         if value is not None and c.train != "lora":
             raise UserError(f"config.lora.{name}: {value!r} is set, but train={c.train} trains no adapters; expected train=lora")
+    if "probe" in c:
+        _check_arguments(c, "probe", PROBE_ARGS, (c.probe,))
     if "mesh" in c:
         _check_mesh(c.mesh)
     if "logger" in c:
@@ -82,12 +86,14 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
 
 def _check_paths(c: ConfigDict) -> None:
     """What the config names exists, as far as it is here and not on a hub."""
-    for key in ("task", "task_dir", "labels", "stats_labels", "file", "corpus", "root", *RUNS):
+    for key in ("task", "task_dir", "labels", "stats_labels", "file", "corpus", "root", "features", *RUNS):
         if isinstance(c.get(key), str):
             check_store(f"config.{key}", c[key])
     if c.get("task"):
         check_task(c.task, c.get("task_dir", ""))
-    if c.get("model"):
+    if c.get("features") and "://" not in c.features and Path(c.features).expanduser().is_file():
+        raise UserError(f"config.features: {c.features!r} is a file, expected a folder")
+    if c.get("model") and not (c.get("stage") == "probe" and c.run):  # the run names its own model
         check_model(c.model)
     if c.get("tokenizer") and is_path(c.tokenizer) and not Path(c.tokenizer).expanduser().is_dir():
         raise UserError(f"config.tokenizer: {c.tokenizer!r}, no such folder")
@@ -162,7 +168,7 @@ def _check_keys(flat: dict, expected: dict, reference: ConfigDict, stage: str) -
 
 
 def _check_arguments(c: ConfigDict, what: str, table: dict[str, dict], chosen) -> None:
-    """Arguments that are set are ones that (one of) the chosen losses or optimizers take."""
+    """Arguments that are set are ones that (one of) the chosen losses, optimizers or probes take."""
     takes = {name for one in chosen for name in table[one]}
     for name, value in (c.get(f"{what}_args") or {}).items():
         if value is None or name in takes:
@@ -201,6 +207,8 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
             raise UserError(f"config.arch.heads: {c.arch.heads}, expected a divisor of config.arch.width ({c.arch.width})")
         if c.get("max_length", 0) > c.arch.context:
             raise UserError(f"config.max_length: {c.max_length}, expected at most config.arch.context ({c.arch.context})")
+    if "layer" in c and c.layer not in ("middle", "last") and not c.layer.isdecimal():
+        raise UserError(f"config.layer: {c.layer!r}, expected middle, last or a number of 0 (embeddings) or more")
     if c.get("stage") == "benchmark" and c.batch_size > c.n_train:
         raise UserError(f"config.batch_size: {c.batch_size}, expected at most config.n_train ({c.n_train})")
 

@@ -39,9 +39,18 @@ OPTIMIZER_ARGS: dict[str, dict] = {
 # Settings of LoRA, with their defaults: rank 8, scale 1 and every matrix of the layers, as EleutherAI/w2s has them.
 LORA_ARGS: dict = {"rank": 8, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "rslora": False, "init": ""}
 
+# Arguments that each probe takes, with its defaults; an l2 of None is chosen by cross-validation (the reference's code has 1e-3).
+PROBE_ARGS: dict[str, dict] = {
+    "knn": {"k": 50},
+    "logistic": {"l2": None, "folds": 5},
+    "linear": {"l2": None, "folds": 5},
+    "mean_difference": {},
+    "topofilter": {"k": 50},
+}
+
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("finetune", "label", "export", "pretrain", "sweep", "report", "benchmark"),
+    "stage": ("finetune", "label", "probe", "export", "pretrain", "sweep", "report", "benchmark"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
@@ -57,6 +66,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": tuple(LOSS_ARGS),
     "schedule": ("constant", "cosine", "linear"),
     "optimizer": tuple(OPTIMIZER_ARGS),
+    "probe": tuple(PROBE_ARGS),
+    "mode": ("predict", "filter", "relabel"),
+    "pool": ("last", "mean"),
     "keep": ("params", "all", "none"),
     "select": ("last", "val_labels", "agreement", "oracle"),
     "logger": ("none", "tensorboard", "wandb"),
@@ -65,7 +77,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Keys that change how a run is executed, not what comes out: two runs that differ only in these are the same run.
 EXECUTION = (
     "mesh", "microbatch_size", "remat", "attention", "steps_per_dispatch", "logger", "log_every", "eval_every",
-    "checkpoint_every", "keep", "eval_batch_size", "workdir",
+    "checkpoint_every", "keep", "eval_batch_size", "features", "workdir",
 )  # fmt: skip
 # Keys whose content counts, not their name: an identity holds a fingerprint in their place.
 CONTENT = ("model", "task", "labels", "stats_labels", "run", "corpus", "tokenizer")
@@ -207,8 +219,8 @@ def _resolve(values, defaults: dict) -> dict:
     for name, default in defaults.items():
         value = (values or {}).get(name)
         value = default if value is None else value
-        whole = isinstance(default, bool) or name in ("buffer", "chunk")
-        resolved[name] = value if whole or isinstance(value, str) else float(value)
+        whole = isinstance(default, bool) or name in ("buffer", "chunk", "k", "folds")
+        resolved[name] = value if whole or value is None or isinstance(value, str) else float(value)
     return resolved
 
 
@@ -220,6 +232,11 @@ def loss_args(c: ConfigDict) -> dict:
 def optimizer_args(c: ConfigDict) -> dict:
     """The chosen optimizer's arguments, its defaults filled in."""
     return _resolve(c.get("optimizer_args"), OPTIMIZER_ARGS[c.optimizer])
+
+
+def probe_args(c: ConfigDict) -> dict:
+    """The chosen probe's arguments, its defaults filled in; an l2 that nobody set stays None."""
+    return _resolve(c.get("probe_args"), PROBE_ARGS[c.probe])
 
 
 def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
@@ -248,6 +265,8 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         result["optimizer_args"] = optimizer_args(c)
     if "lora" in c and c.train != "lora":
         result["lora"] = None
+    if "probe" in c:
+        result["probe_args"] = probe_args(c)
     if c.get("model") and "arch" in result:
         result["arch"] = None  # the sizes come from the model
     return plain_identity(result | fingerprints)

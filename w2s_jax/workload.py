@@ -158,6 +158,38 @@ def tokenized(examples: Examples, folder, limits: Limits, vocab: int, what: str,
     return examples.replace(tokens=[np.asarray(t, np.int32) for t in tokens]).select(keep), counts
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run trains on, as tokens. `train`, `val`: with the truth; `given`: both, one after the other, with the labels (and
+    weights) to train on; `dropped`: counts by reason."""
+
+    train: Examples
+    val: Examples
+    given: Examples
+    dropped: dict[str, int]
+
+
+def training_parts(prepared: splits.Prepared, labels: labels_lib.Labels | None, folder, limits: Limits, vocab: int,
+                   notes: list[str]) -> Parts:
+    """The training and validation documents, over-long ones dealt with (see `tokenized`), matched with `labels` (None = the truth).
+
+    Raises:
+      UserError: as `tokenized`; labels that do not fit the documents.
+    """
+    dropped, parts = dict(prepared.n_dropped), {}
+    for part, what in ((prepared.train, "training"), (prepared.val, "validation")):
+        parts[what] = part
+        if len(part):
+            parts[what], counts = tokenized(part, folder, limits, vocab, what, notes)
+            for key, n in counts.items():
+                dropped[key] = dropped.get(key, 0) + n
+    train_part, val = parts.values()
+    given = splits.concat(*(part for part in parts.values() if len(part)))
+    if labels:
+        given = labels_lib.attach(given, labels, frozenset(prepared.train.ids + prepared.val.ids) - set(given.ids))
+    return Parts(train_part, val, given, dropped)
+
+
 # --------------------------------------------------------------------------- models
 
 
@@ -262,11 +294,11 @@ def evaluate(logits: np.ndarray, examples: Examples) -> dict:
     return metrics.evaluate(logits[known], examples.labels[known], [examples.groups[i] for i in known])
 
 
-def write_predictions(run, split: str, examples: Examples, logits: np.ndarray) -> None:
-    """`predictions/<split>.parquet` of a run."""
+def write_predictions(run, split: str, examples: Examples, logits: np.ndarray | None = None, **columns) -> None:
+    """`predictions/<split>.parquet` of a run; `columns` as `labels.write_predictions` takes them."""
     folder = epath.Path(run.path) / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
-    labels_lib.write_predictions(folder / f"{split}.parquet", examples, logits)
+    labels_lib.write_predictions(folder / f"{split}.parquet", examples, logits, **columns)
 
 
 def shown(path) -> str:
@@ -285,8 +317,11 @@ def summary(results: dict) -> str:
     return line + (f", AUROC {results['auroc']:.3f}" if results.get("auroc") is not None else "")
 
 
-def finished(workdir, config, ident: dict, rerun: bool) -> dict | None:
-    """The results of a run that is done already, so that nothing is loaded for it; a directory of another run is refused here."""
+def finished(workdir, config, ident: dict, rerun: bool, summary=summary) -> dict | None:
+    """The results of a run that is done already, so that nothing is loaded for it; a directory of another run is refused here.
+
+    `summary(results)`: what the printed line says of them.
+    """
     if not (epath.Path(workdir) / "config.json").exists():
         return None
     with runlog.Run.open(workdir, config, ident) as held:

@@ -30,6 +30,7 @@ from w2s_jax.models.weights import nest, paths
 __all__ = ["FAMILIES", "Architecture", "Lora", "Model", "adapter_files", "build", "load", "load_adapter", "merge", "nest", "parse",
            "paths", "read_config", "read_raw", "save", "stored_dtype"]
 
+POOLS = ("last", "mean")  # what `Model.features` reads of a document
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -84,13 +85,17 @@ class Model:
         assert all(hasattr(leaf, "astype") for leaf in jax.tree.leaves(params)), "a parameter is not an array"
         return nnx.merge(self._graph, params)
 
-    def _states(self, network: _Network, batch: dict, dropout_key=None, **options):
-        """Hidden states before the final norm, [cells, rows, time, embed]; see Backbone."""
-        cells, rows, time = batch["tokens"].shape
-        flat = [batch[k].reshape(cells * rows, time) for k in ("tokens", "segments", "positions")]
+    def _rows(self, batch: dict) -> tuple[list[jax.Array], dict]:
+        """The batch's tokens, segments and positions as [cells * rows, time], and what the backbone is told of it."""
+        flat = [batch[k].reshape(-1, batch[k].shape[-1]) for k in ("tokens", "segments", "positions")]
         # One place for a document in a cell: then no row holds two, and the shapes say so.
-        states = network.backbone(*flat, dropout_key, one_document=batch["documents"].shape[-1] == 1, **options)
-        return jax.tree.map(lambda a: a.reshape(*a.shape[:-3], cells, rows, *a.shape[-2:]), states)
+        return flat, {"one_document": batch["documents"].shape[-1] == 1}
+
+    def _states(self, network: _Network, batch: dict, dropout_key=None) -> jax.Array:
+        """Hidden states before the final norm, [cells, rows, time, embed]; see Backbone."""
+        flat, options = self._rows(batch)
+        states = network.backbone(*flat, dropout_key, **options)
+        return states.reshape(*batch["tokens"].shape, -1)
 
     def apply(self, params: dict, batch: dict, dropout_key: jax.Array | None = None) -> jax.Array:
         """The head's output for each document, float32 [cells, slots, classes]; empty slots hold finite values of no meaning.
@@ -122,8 +127,29 @@ class Model:
         network = self._merge(params)
         if not all_layers:
             return network.backbone.final_norm(self._states(network, batch))
-        x, inputs = self._states(network, batch, all_layers=True)
-        return jnp.concatenate([inputs, network.backbone.final_norm(x)[None]])
+        flat, options = self._rows(batch)
+        states = network.backbone.read(*flat, tuple(range(self.config.layers + 1)), lambda x: x, **options)
+        return states.reshape(-1, *batch["tokens"].shape, states.shape[-1])
+
+    def features(self, params: dict, batch: dict, layers: tuple[int, ...], pool: str = "last") -> jax.Array:
+        """Each document's hidden state at some layers, float32 [len(layers), cells, slots, embed]; empty slots hold no meaning.
+
+        `layers`: ascending numbers as in `hidden` (0 = embeddings); layers above the last of them are not computed, and no
+        layer's hidden states are kept whole. `pool`: last (the document's last token) | mean (over its tokens).
+        """
+        if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= self.config.layers:
+            raise ValueError(f"layers {layers}: expected ascending numbers from 0 to {self.config.layers}")
+        assert pool in POOLS, pool
+        network = self._merge(params)
+        flat, options = self._rows(batch)
+
+        def pick(x):
+            x = x.reshape(*batch["tokens"].shape, -1)
+            if pool == "mean":
+                return heads.mean_over_tokens(x, batch["segments"], batch["documents"])
+            return heads.gather_last(x, batch["last"]).astype(jnp.float32)
+
+        return network.backbone.read(*flat, tuple(layers), pick, **options)
 
     def logits(self, params: dict, batch: dict) -> jax.Array:
         """The language model's logits, float32 [cells, rows, time, vocab] (large: for tests and small models)."""

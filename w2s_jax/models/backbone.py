@@ -21,6 +21,7 @@ The layers are built by one nnx.vmap and run by one jax.lax.scan: the program's 
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -204,25 +205,50 @@ class Backbone(nnx.Module):
         """Per token: only those that are read need it."""
         return x if self.norm is None else self.norm(x)
 
-    def __call__(self, tokens, segments, positions, dropout_key=None, all_layers: bool = False, one_document: bool = False):
+    def __call__(self, tokens, segments, positions, dropout_key=None, one_document: bool = False):
         """Hidden states BEFORE the final norm, [rows, time, embed] in the compute type.
 
         `tokens`, `segments`, `positions`: int32 [rows, time]; see attention.prepare for who attends to whom, and for
-        `one_document`. With `all_layers` also the input of each layer, [layers, rows, time, embed].
+        `one_document`.
         """
+        x, body, kinds = self._start(tokens, segments, positions, dropout_key, one_document)
+
+        def step(x, scanned):
+            return body(x, *scanned), None
+
+        # Inside a scan the loop's own boundary already keeps XLA from merging the two computations.
+        step = jax.checkpoint(step, policy=REMAT[self.remat], prevent_cse=False)
+        return jax.lax.scan(step, x, (self.layers, jnp.arange(self.arch.layers), kinds))[0]
+
+    def read(self, tokens, segments, positions, states: tuple[int, ...], pick: Callable, one_document: bool = False):
+        """`pick(x)` of some hidden states x [rows, time, embed], stacked in their order: [states, ...]. Not made for gradients.
+
+        `states`: ascending numbers as in transformers' hidden_states: 0 = the embeddings, i = the output of layer i, the last
+        one's after the final norm. What comes behind the last of them is not computed, and no other state is kept whole.
+        """
+        x, body, kinds = self._start(tokens, segments, positions, None, one_document)
+        low, high = states[0], states[-1]
+
+        def step(x, index):
+            # The stack is indexed, not sliced: a slice would be a copy of its layers.
+            layer = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), self.layers)
+            return body(x, layer, index, kinds[index])
+
+        x = jax.lax.scan(lambda x, index: (step(x, index), None), x, jnp.arange(low))[0]
+        x, picked = jax.lax.scan(lambda x, index: (step(x, index), pick(x)), x, jnp.arange(low, high))
+        end = pick(self.final_norm(x) if high == self.arch.layers else x)[None]
+        return jnp.concatenate([picked[jnp.array([i - low for i in states[:-1]])], end]) if len(states) > 1 else end
+
+    def _start(self, tokens, segments, positions, dropout_key, one_document: bool):
+        """The embeddings [rows, time, embed], `body(x, layer's parameters, its number, its kind)`, and each layer's kind."""
         arch = self.arch
         keys = token_keys(dropout_key, segments, positions) if dropout_key is not None and self.noisy else None
         x = dropout(self.embed(tokens, positions), keys, self.rate, EMBEDDING, 0)
         plan = prepare(segments, arch.kinds, arch.causal, width=arch.head_dim, dtype=self.dtype, cap=arch.attention_cap,
                        implementation=self.attention, one_document=one_document)
         turns = angles(positions, arch.kinds)
-        kinds = jnp.asarray(arch.kind_of or (0,) * arch.layers)
 
-        def body(x, scanned):
-            layer, index, kind = scanned
-            return layer(x, plan, turns, index, kind, keys), x if all_layers else None
+        def body(x, layer, index, kind):
+            return layer(x, plan, turns, index, kind, keys)
 
-        # Inside a scan the loop's own boundary already keeps XLA from merging the two computations.
-        body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
-        x, inputs = jax.lax.scan(body, x, (self.layers, jnp.arange(arch.layers), kinds))
-        return (x, inputs) if all_layers else x
+        return x, body, jnp.asarray(arch.kind_of or (0,) * arch.layers)

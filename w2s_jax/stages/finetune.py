@@ -33,31 +33,19 @@ def identity(config, planned: dict | None = None, task: str | None = None) -> di
     return ident
 
 
-def _training_examples(config, prepared, labels, folder, limits, vocab, notes) -> tuple[Examples, Examples | None, np.ndarray, dict]:
+def _training_examples(prepared, labels, folder, limits, vocab, notes) -> tuple[Examples, Examples | None, np.ndarray, dict]:
     """Training documents with the labels that are trained on (those that these weigh 0 are left out), validation documents with
     their truth (None without), the labels that would be trained on of these, `[documents, classes]`, and what was dropped."""
-    dropped = dict(prepared.n_dropped)
-    parts = {}
-    for name, part, what in (("train", prepared.train, "training"), ("val", prepared.val, "validation")):
-        if len(part):
-            parts[name], counts = workload.tokenized(part, folder, limits, vocab, what, notes)
-            for key, n in counts.items():
-                dropped[key] = dropped.get(key, 0) + n
-    fit, val = parts["train"], parts.get("val")
-    given = val.soft_labels if val else fit.soft_labels[:0]
-    if labels:
-        joined = splits.concat(*parts.values())
-        left_out = frozenset(prepared.train.ids + prepared.val.ids) - set(joined.ids)
-        joined = labels_lib.attach(joined, labels, left_out)
-        fit, given = joined.select(range(len(fit))), joined.soft_labels[len(fit):]
-        if fit.weights is not None:
-            kept = np.flatnonzero(fit.weights > 0)
-            dropped["filtered"] = len(fit) - len(kept)
-            notes.append(f"training: {dropped['filtered']} of {len(fit)} documents have labels of weight 0 and are left out")
-            if not len(kept):
-                raise UserError(f"labels: {labels.path} leaves no training document: all {len(fit)} have weight 0")
-            fit = fit.select(kept)
-    return fit, val, given, dropped
+    parts = workload.training_parts(prepared, labels, folder, limits, vocab, notes)
+    fit, dropped = parts.given.select(range(len(parts.train))), parts.dropped
+    if fit.weights is not None:
+        kept = np.flatnonzero(fit.weights > 0)
+        dropped["filtered"] = len(fit) - len(kept)
+        notes.append(f"training: {dropped['filtered']} of {len(fit)} documents have labels of weight 0 and are left out")
+        if not len(kept):
+            raise UserError(f"labels: {labels.path} leaves no training document: all {len(fit)} have weight 0")
+        fit = fit.select(kept)
+    return fit, parts.val if len(parts.val) else None, parts.given.soft_labels[len(parts.train):], dropped
 
 
 def run(config, workdir, *, rerun: bool = False, prepared: splits.Prepared | None = None, labels: labels_lib.Labels | None = None,
@@ -87,7 +75,7 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     if labels and labels.probs.shape[1] != model.classes:
         raise UserError(f"labels: {labels.path} has {labels.probs.shape[1]} classes, expected {model.classes}")
     limits = workload.Limits(config.max_length, model.config.max_positions, config.overlong)
-    fit, val, given, dropped = _training_examples(config, prepared, labels, loaded.folder, limits, model.config.vocab, notes)
+    fit, val, given, dropped = _training_examples(prepared, labels, loaded.folder, limits, model.config.vocab, notes)
     test, test_counts = workload.tokenized(prepared.test, loaded.folder, limits, model.config.vocab, "test", notes)
     for name, part, labelled in (("train", fit, not labels), ("test", test, True)):  # the over-long are gone now
         splits.check_usable(part, name, config, labelled, f", max_length={config.max_length}")
