@@ -25,7 +25,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.attention = "auto"  # auto | xla | splash (TPU) | pallas, cudnn (GPU; cudnn: one document a row)
     c.remat = "auto"  # rematerialisation: auto | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
     c.train = "full"  # what is trained: full | head
-    c.head_init = "zeros"  # zeros | normal (0.02)
+    c.head_init = "zeros"  # zeros | normal (0.02) | unembedding (the output vectors of the two answers, Burns et al. 2023; decoders)
+    c.answers = ("0", "1")  # head_init=unembedding: the single tokens that stand for class 0 and class 1
     c.readout = "auto"  # what the head reads: auto (a decoder's last token; as an encoder's own classifier) | last | mean | first
 
     # Data

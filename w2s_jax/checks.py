@@ -185,8 +185,21 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
             raise UserError(f"config.arch.heads: {c.arch.heads}, expected a divisor of config.arch.width ({c.arch.width})")
         if c.get("max_length", 0) > c.arch.context:
             raise UserError(f"config.max_length: {c.max_length}, expected at most config.arch.context ({c.arch.context})")
+    if "head_init" in c:
+        answers = tuple(c.answers)
+        if c.head_init == "unembedding":
+            _check_answers(answers)
+            if c.readout not in ("auto", "last"):
+                raise UserError(f"config.readout: {c.readout!r}, expected auto or last with config.head_init='unembedding'")
+        elif answers != shipped("finetune").answers:
+            raise UserError(f"config.answers: {answers!r} is set, but config.head_init={c.head_init!r} has no use for answers")
     if c.get("stage") == "benchmark" and c.batch_size > c.n_train:
         raise UserError(f"config.batch_size: {c.batch_size}, expected at most config.n_train ({c.n_train})")
+
+
+def _check_answers(answers: tuple) -> None:
+    if len(answers) != 2 or not all(isinstance(a, str) and a.strip() for a in answers) or answers[0] == answers[1]:
+        raise UserError(f"config.answers: {answers!r}, expected two different texts, of class 0 and of class 1")
 
 
 def is_path(name: str) -> bool:

@@ -45,7 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
     "train": ("full", "head"),
-    "head_init": ("zeros", "normal"),
+    "head_init": ("zeros", "normal", "unembedding"),
     "readout": ("auto", "last", "mean", "first"),
     "split": ("a", "b", "train"),
     "group": ("auto", "none"),
@@ -240,6 +240,8 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         result["loss_args"] = loss_args(c)
     if "optimizer" in c:
         result["optimizer_args"] = optimizer_args(c)
+    if result.get("head_init", "unembedding") != "unembedding":  # another head has no use for the answers' tokens
+        result.pop("answers", None)
     if c.get("model") and "arch" in result:
         result["arch"] = None  # the sizes come from the model
     return plain_identity(result | fingerprints)

@@ -188,7 +188,18 @@ def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
     mesh = mesh_lib.make_mesh(config.mesh)
     shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
     params = models.load(folder, model, shardings, jax.random.key(seed))
+    if head == "classifier" and config.head_init == "unembedding":
+        params["head"]["kernel"] = jax.device_put(_unembedding(config, model, folder), params["head"]["kernel"].sharding)
     return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [])
+
+
+def _unembedding(config, model: models.Model, folder: hub.Folder) -> np.ndarray:
+    """The head that head_init="unembedding" starts from, float32 `[embed, 2]`: the output vectors of the two answers' tokens
+    (Burns et al. 2023, appendix A)."""
+    ids = [hub.single_token(folder, answer) for answer in config.answers]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"answers: {tuple(config.answers)} are the same token to the tokenizer in {folder.path}; expected different ones")
+    return models.unembedding(folder, model, ids)
 
 
 def restore(source: runlog.LoadedRun, config=None) -> Loaded:

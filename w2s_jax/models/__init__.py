@@ -14,6 +14,7 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from w2s_jax.errors import UserError, nearest
@@ -25,7 +26,8 @@ from w2s_jax.models.families import FAMILIES, parse, read_config, read_raw
 from w2s_jax.models.layers import Compute, Linear
 from w2s_jax.models.weights import nest, paths
 
-__all__ = ["FAMILIES", "Architecture", "Model", "build", "load", "nest", "parse", "paths", "read_config", "read_raw", "save"]
+__all__ = ["FAMILIES", "Architecture", "Model", "build", "load", "nest", "parse", "paths", "read_config", "read_raw", "save",
+           "unembedding"]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -156,6 +158,12 @@ def build(config: Architecture, *, head: str, classes: int = 2, dtype: str = "fl
         raise UserError(f"{config.family} is an encoder and predicts no next token; expected a decoder")
     if readout == "first" and config.causal:
         raise UserError("readout='first': a decoder's first token sees nothing of a document but itself; expected auto, last or mean")
+    if head_init == "unembedding" and head == "classifier":
+        if not config.causal:
+            raise UserError(f"head_init='unembedding': {config.family} is an encoder and predicts no next token; expected zeros or normal")
+        if readout not in ("auto", "last"):
+            raise UserError(f"readout={readout!r}: head_init='unembedding' reads the last token, as the language model does; expected "
+                            "auto or last")
     compute = Compute(jnp.dtype(DTYPES[dtype]), jnp.dtype(DTYPES[param_dtype]), remat, attention, dropout)
     return Model(config, head, classes, compute, readout, head_init)
 
@@ -163,6 +171,11 @@ def build(config: Architecture, *, head: str, classes: int = 2, dtype: str = "fl
 def load(folder, model: Model, shardings: dict | None = None, key: jax.Array | None = None) -> dict:
     """Params of `model` from the safetensors in `folder`; see w2s_jax.models.weights.load."""
     return weights.load(folder, model, FAMILIES[model.config.family], shardings, key)
+
+
+def unembedding(folder, model: Model, ids) -> np.ndarray:
+    """The language model's output vectors of the tokens `ids`; see w2s_jax.models.weights.unembedding."""
+    return weights.unembedding(folder, model.config, FAMILIES[model.config.family], ids)
 
 
 def save(folder, params: dict, raw: dict, tokenizer_files_from=None) -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.layers import ACTIVATIONS, Compute, Linear, Norm
 
-HEAD_INITS = ("zeros", "normal")
+HEAD_INITS = ("zeros", "normal", "unembedding")
 READOUTS = ("auto", "last", "mean", "first")
 
 # Numbers of [tokens, vocabulary] logits held at once by the language model's loss (256 MB of float32).
@@ -57,10 +57,11 @@ class Pooler(nnx.Module):
 
 class Classifier(nnx.Module):
     """Linear, no bias; weight, matmul and logits in float32 whatever the backbone's types. `pooler`: one that no checkpoint
-    holds, and that is trained from scratch with the head (RoBERTa's)."""
+    holds, and that is trained from scratch with the head (RoBERTa's). `init`: one of HEAD_INITS; "unembedding" is filled after
+    loading (models.unembedding) and is 0 until then."""
 
     def __init__(self, embed: int, classes: int, init: str, *, pooler: Pooler | None = None, rngs: nnx.Rngs):
-        std = {"zeros": 0.0, "normal": 0.02}[init]
+        std = 0.02 if init == "normal" else 0.0
         kernel = std * jax.random.normal(rngs.params(), (embed, classes), jnp.float32)
         self.kernel = nnx.Param(kernel)
         self.pooler = nnx.data(None) if pooler is None else pooler
