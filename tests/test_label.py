@@ -236,6 +236,21 @@ def test_a_student_trains_on_the_labels_of_its_documents(student, labels, corpus
     assert program.loss.ground_truth
 
 
+def test_documents_of_weight_0_are_left_out_and_the_others_weigh(student, labels, corpus, tmp_path):
+    table = w2s_jax.load(labels).predictions("b")
+    kept = table.id[4:].to_list()
+    for name, weight in (("filtered", [0.0] * 4 + [2.0] * 28), ("weighed", [0.0] * 4 + [1.0] * 14 + [3.0] * 14)):
+        table.assign(weight=weight).to_parquet(tmp_path / f"{name}.parquet")
+        found, _ = corpus(tiny.set_keys(student, labels=str(tmp_path / f"{name}.parquet")))
+        assert set(found.ids) == set(kept)
+        if name == "filtered":  # all alike: the run is the one without weights
+            assert found.weights is None
+        else:
+            assert dict(zip(found.ids, found.weights.tolist())) == dict(zip(kept, [0.5] * 14 + [1.5] * 14))
+    results = stages.run(tiny.set_keys(student, labels=str(tmp_path / "weighed.parquet")), str(tmp_path / "run"))
+    assert results["n_dropped"]["filtered"] == 4 and results["n_train"] == 28
+
+
 def test_a_student_runs_and_its_truth_stays_out_of_training(student, labels, tmp_path):
     results = stages.run(tiny.set_keys(student, labels=str(labels), n_val=6), str(tmp_path / "student-run"))
     run = w2s_jax.load(tmp_path / "student-run")

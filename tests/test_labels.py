@@ -81,6 +81,20 @@ def test_token_documents(tmp_path):
         labels.attach(examples.replace(tokens=[np.int32([1, 2]), np.int32([7]), np.int32([3])]), tmp_path / "b.parquet")
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_weights(tmp_path, examples, suffix):
+    path = tmp_path / f"b{suffix}"
+    if suffix == ".parquet":
+        labels.write_predictions(path, examples, LOGITS, np.float32([0, 1, 0.25]))
+    elif suffix == ".jsonl":
+        write(path, rows(weight=[0, 1, 0.25]))
+    else:
+        path.write_text("id,p,weight\n" + "".join(f"{i},0.5,{w}\n" for i, w in zip(IDS, (0, 1, 0.25))))
+    given = labels.read(path)
+    assert labels.attach(examples.select([2, 0]), path, frozenset([IDS[1]])).weights.tolist() == [0.25, 0.0]
+    assert given.fingerprint != labels.Labels(given.path, given.ids, given.text_shas, given.probs).fingerprint
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 @pytest.mark.parametrize("columns, expected", [
     ({}, [[0.9, 0.1], [0.5, 0.5], [0.25, 0.75]]),
@@ -117,6 +131,9 @@ def test_fingerprint_is_of_the_content(tmp_path):
     ({"probs": None, "label": [0, 1, 2]}, "row 2: column 'label' is 2, expected 0 or 1"),
     ({"probs": None, "score": [0, 1, 0]}, "expected the columns id and probs (or p, or label), found id, score, text_sha"),
     ({"id": None}, "expected the columns id and probs"),
+    ({"weight": [1.0, -0.5, 1.0]}, "row 1: column 'weight' is -0.5, expected a number of 0 or more"),
+    ({"weight": [1.0, 1.0, float("nan")]}, "row 2: column 'weight' is NaN"),
+    ({"weight": [0.0, 0.0, 0.0]}, "every document has weight 0"),
 ])
 def test_labels_that_do_not_fit(tmp_path, examples, changes, message):
     path = write(tmp_path / "labels.jsonl", rows(**changes))

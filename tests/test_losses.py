@@ -183,6 +183,19 @@ def test_per_document_losses_add_up(name, args):
     np.testing.assert_allclose(np.concatenate([p[1] for p in parts]), whole[1], atol=1e-7)
 
 
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_weights_multiply_a_documents_term(name):
+    """Its gradient too; what a loss takes from the whole batch (a quantile, a mean) does not depend on them."""
+    loss = losses.make(name, ground_truth=False)
+    logits, labels = random_batch(np.random.default_rng(6), 8)
+    plain, weighted = context(8, 0.3), context(8, 0.3)._replace(weights=jnp.float32([2, 0.5, 1, 0.25, 3, 1, 1, 0.5]))
+    value, gradient, _ = value_and_gradient(loss, logits, labels, plain)
+    _, scaled, _ = value_and_gradient(loss, logits, labels, weighted)
+    np.testing.assert_allclose(scaled, gradient * np.asarray(weighted.weights)[:, None], rtol=1e-5, atol=1e-8)
+    double, _, _ = value_and_gradient(loss, logits, labels, plain._replace(weights=jnp.full(8, 2.0)))
+    np.testing.assert_allclose(double, 2 * value, rtol=1e-6)
+
+
 def test_threshold_losses_need_the_whole_batch():
     assert {name for name in losses.LOSSES if not losses.make(name, ground_truth=False).per_document} == {
         "logconf", "logconf_openai", "logconf_eleuther"}

@@ -113,12 +113,12 @@ def rates(steps=STEPS):
     return optimizers.learning_rates("linear", 3e-3, steps)
 
 
-def fit(loss, mesh=None, *, options=(), steps=STEPS, plan=None, trained="full", keys=(), stats=None):
+def fit(loss, mesh=None, *, options=(), steps=STEPS, plan=None, trained="full", keys=(), stats=None, weights=None):
     """Train through the trainer. Returns the rows of the metrics, the parameters and the plan."""
     mesh = make_mesh() if mesh is None else mesh
     model, start = make_model(**dict(options))
     config = tiny.finetune("m", "t", **{"steps_per_dispatch": 2} | dict(keys))
-    corpus = make_corpus(steps)
+    corpus = dataclasses.replace(make_corpus(steps), weights=weights)
     batches = [np.arange(BATCH) + i * BATCH for i in range(steps)]
     plan = plan or train.make_plan(config, model, corpus, batches, mesh)
     program = train.Program(model, loss, optimizer(), mesh, trained)
@@ -217,6 +217,17 @@ def test_packed_and_microbatched_equal_one_document_a_row(name, microbatch_size)
     if not microbatch_size:  # it is packed indeed
         assert plan.computed < 0.5 * STEPS * BATCH * max(map(len, make_corpus().tokens))
     check(name, rows, params)
+
+
+@pytest.mark.parametrize("name", ["xent", "logconf_openai"])  # one forward for all microbatches, and two
+def test_weighted_documents_in_microbatches_and_on_a_mesh(name):
+    weights = np.random.default_rng(5).uniform(0.2, 2, len(make_corpus().tokens)).astype(np.float32)
+    loss = AnyOf(losses.LOSSES[name].per_document, name)
+    whole, plain = fit(loss, weights=weights)[0], fit(loss)[0]
+    assert abs(whole[0]["loss"] - plain[0]["loss"]) > 1e-3
+    for mesh, size in ((None, 3), (make_mesh(data=2), 0)):
+        rows = fit(loss, mesh, weights=weights, keys={"microbatch_size": size})[0]
+        np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in whole], atol=1e-5)
 
 
 @pytest.mark.parametrize("index, shape", enumerate(MESHES), ids=["x".join(map(str, m.values())) for m in MESHES])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import numbers
 import uuid
 
 import numpy as np
@@ -142,9 +141,13 @@ def read(path) -> Labels:
 
 def _weight(row: Row) -> float:
     value = row.get("weight")
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < float("inf"):
+    try:  # a csv file holds texts
+        weight = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
         raise UserError(f"{row.where}: column 'weight' is {value!r}, expected a number of 0 or more")
-    return float(value)
+    return weight
 
 
 def _values(row: Row, kind: str) -> list:
