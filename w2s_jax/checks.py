@@ -12,7 +12,11 @@ from w2s_jax import logger
 from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, check_store, describe, flatten, folder, key_type, shipped
 from w2s_jax.errors import UserError, nearest
 
-LABEL_SPLITS = ("b", "a", "train", "val", "test")  # what the stage label takes as `split`
+SPLITS = {  # what stages that predict take as `split`; others take the part that is trained on
+    "label": ("b", "a", "train", "val", "test"),
+    "ensemble": ("b", "a", "train", "val"),
+    "prompt": ("test", "b", "a"),
+}
 
 # Closed ranges (low, high); a low of TINY excludes 0. Keys that stand nowhere here are free.
 TINY = float.fromhex("0x1p-1022")
@@ -25,7 +29,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "grad_clip": (0, 1e30), "weight_decay": (0, 1e30), "dropout": (0, 1 - 1e-9),
     "log_every": (1, math.inf), "eval_every": (0, math.inf), "eval_batch_size": (0, math.inf),
     "checkpoint_every": (0, math.inf), "steps_per_dispatch": (0, math.inf),
-    "replicates": (40, math.inf), "repeats": (1, math.inf), "n_label": (1, math.inf), "arch.vocab": (2, math.inf),
+    "shots": (0, 1000), "replicates": (40, math.inf), "repeats": (1, math.inf), "n_label": (1, math.inf), "arch.vocab": (2, math.inf),
     "arch.width": (1, math.inf), "arch.layers": (1, math.inf), "arch.heads": (1, math.inf), "arch.context": (1, math.inf),
     "loss_args.alpha": (0, 1e6), "loss_args.beta": (0, 1e6), "loss_args.aux_coef": (0, 1), "loss_args.warmup": (0, 1e12),
     "loss_args.buffer": (1, math.inf), "loss_args.chunk": (0, math.inf), "loss_args.radius": (TINY, 1),
@@ -61,7 +65,7 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
         if value is None or (value == "" and defaults.get(key) == ""):  # left open
             continue
         if key in CHOICES:
-            _choose(key, value, LABEL_SPLITS if (c.get("stage"), key) == ("label", "split") else CHOICES[key])
+            _choose(key, value, SPLITS.get(c.get("stage"), CHOICES[key]) if key == "split" else CHOICES[key])
         if key in RANGES and not (key == "loss_args.radius" and value == "midweak"):
             _in_range(key, value)
     if losses:
@@ -90,13 +94,24 @@ def _check_paths(c: ConfigDict) -> None:
         name = c.get(key)
         if not isinstance(name, str) or not name or "://" in name or (key, name) == ("corpus", "world"):
             continue
-        path = Path(name).expanduser()
-        if not path.exists():
+        if key in RUNS:
+            _check_run(name, key)
+        elif not Path(name).expanduser().exists():
             raise UserError(f"config.{key}: {name!r}, no such file or folder")
-        if key in RUNS and not (path / "config.json").is_file():
-            raise UserError(f"config.{key}: {name!r} is not a run directory: it has no config.json")
+    for name in c.get("runs", ()):
+        check_store("config.runs", str(name))
+        if "://" not in str(name):
+            _check_run(str(name), "runs")
     if "corpus" in c and c.corpus != "world" and not c.tokenizer and not c.model:
         raise UserError(f"config.tokenizer: '', expected a hub id or a local folder, since config.corpus={c.corpus!r} brings none")
+
+
+def _check_run(name: str, key: str) -> None:
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(f"config.{key}: {name!r}, no such file or folder")
+    if not (path / "config.json").is_file():
+        raise UserError(f"config.{key}: {name!r} is not a run directory: it has no config.json")
 
 
 def _check_sweep(c: ConfigDict) -> None:
@@ -185,6 +200,14 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
             raise UserError(f"config.arch.heads: {c.arch.heads}, expected a divisor of config.arch.width ({c.arch.width})")
         if c.get("max_length", 0) > c.arch.context:
             raise UserError(f"config.max_length: {c.max_length}, expected at most config.arch.context ({c.arch.context})")
+    if c.get("stage") == "prompt":
+        if c.template and (c.template.count("{text}") != 1 or c.template.count("{answer}") != 1 or not c.template.endswith("{answer}")):
+            raise UserError(f"config.template: {c.template!r}, expected {{text}} once and {{answer}} once, at the end")
+        if c.answers:
+            _check_answers(tuple(c.answers))
+        if c.labels and (c.split != "test" or not c.shots):
+            raise UserError(f"config.labels: {c.labels!r}, expected it empty with config.split={c.split!r}, config.shots={c.shots}: labels "
+                            "are the answers that shots show, for split=test")
     if "head_init" in c:
         answers = tuple(c.answers)
         if c.head_init == "unembedding":
@@ -193,6 +216,8 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
                 raise UserError(f"config.readout: {c.readout!r}, expected auto or last with config.head_init='unembedding'")
         elif answers != shipped("finetune").answers:
             raise UserError(f"config.answers: {answers!r} is set, but config.head_init={c.head_init!r} has no use for answers")
+    if "runs" in c and len(set(c.runs)) < max(len(c.runs), 2):
+        raise UserError(f"config.runs: {tuple(c.runs)!r}, expected two or more different label run directories")
     if c.get("stage") == "benchmark" and c.batch_size > c.n_train:
         raise UserError(f"config.batch_size: {c.batch_size}, expected at most config.n_train ({c.n_train})")
 

@@ -38,7 +38,7 @@ OPTIMIZER_ARGS: dict[str, dict] = {
 
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("finetune", "label", "export", "pretrain", "sweep", "report", "benchmark"),
+    "stage": ("finetune", "label", "export", "pretrain", "ensemble", "prompt", "sweep", "report", "benchmark"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
     "matmul_precision": ("default", "high", "highest"),
@@ -54,6 +54,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": tuple(LOSS_ARGS),
     "schedule": ("constant", "cosine", "linear"),
     "optimizer": tuple(OPTIMIZER_ARGS),
+    "how": ("mean", "vote", "disagreement"),
+    "calibrate": ("none", "content_free", "prior"),
     "keep": ("params", "all", "none"),
     "logger": ("none", "tensorboard", "wandb"),
 }

@@ -129,6 +129,16 @@ class Model:
         x = network.backbone.final_norm(self._states(network, batch))
         return heads.vocabulary_logits(x, self._table(network), self.config.logit_cap)
 
+    def continuations(self, params: dict, batch: dict) -> jax.Array:
+        """Log-likelihoods in nats of tokens after each document, float32 [cells, slots, alternatives] (0 where none is asked for).
+
+        `batch["targets"]`: int32 [cells, slots, alternatives, n]. The last of the n is the token after the document's last, the one
+        before it the token after its last but one, and so on; -1 = not asked for. Only the logits of these places are computed.
+        """
+        network = self._merge(params)
+        x = heads.gather_ends(self._states(network, batch), batch["last"], batch["targets"].shape[-1])
+        return heads.continuation_logp(network.backbone.final_norm(x), self._table(network), batch["targets"], self.config.logit_cap)
+
     def next_tokens(self, params: dict, batch: dict) -> jax.Array:
         """The likeliest token after each document, int32 [cells, slots]; empty slots hold ids of no meaning."""
         network = self._merge(params)

@@ -7,7 +7,8 @@ import importlib
 from w2s_jax import registry
 from w2s_jax.errors import UserError, nearest
 
-STAGES = {name: f"w2s_jax.stages.{name}" for name in ("finetune", "label", "export", "pretrain", "sweep", "report", "benchmark")}
+STAGES = {name: f"w2s_jax.stages.{name}" for name in (
+    "finetune", "label", "export", "pretrain", "ensemble", "prompt", "sweep", "report", "benchmark")}
 
 
 def run(config, workdir, **options) -> dict:
@@ -34,7 +35,7 @@ def prepare(config) -> dict:
     """Options for `run`: what can be read and checked of a stage's input before jax is imported (see `main.py`).
 
     Raises:
-        UserError: documents, labels, a run to label with or to export, or the lists of a sweep are not what the stage needs.
+        UserError: documents, labels, a run to label with, to export or to combine, or the lists of a sweep are not what the stage needs.
     """
     if config.stage == "finetune":
         from w2s_jax.data import labels, splits
@@ -45,6 +46,15 @@ def prepare(config) -> dict:
         from w2s_jax import runlog
 
         runlog.load_done(config.run, "finetune")
+    elif config.stage == "ensemble":
+        from w2s_jax import runlog
+
+        for path in config.runs:
+            runlog.load_done(path, "label")
+    elif config.stage == "prompt":
+        from w2s_jax.data import prompts
+
+        return {"prepared": prompts.prepare(prompts.resolve(config))}
     elif config.stage == "sweep":
         from w2s_jax import graph
 
