@@ -136,22 +136,24 @@ def choose_shots(pool: Examples, shots: int, seed: int) -> Examples:
 
 
 class Prompt(NamedTuple):
-    """Token ids of a prompt: `context` int32 [tokens], with the tokens that the tokenizer puts before a text, and each answer's own."""
+    """A prompt with either answer: `sequences`, int32 token ids each, with the tokens that the tokenizer puts before a text, and
+    `context`, how many of them are before the answer."""
 
-    context: np.ndarray
-    answers: tuple[np.ndarray, np.ndarray]
+    sequences: tuple[np.ndarray, np.ndarray]
+    context: int
 
     @property
     def length(self) -> int:
         """Tokens, with the longer answer."""
-        return len(self.context) + max(map(len, self.answers))
+        return max(map(len, self.sequences))
 
 
 def encode(folder, how: Style, shots: Examples, texts: list[str]) -> list[Prompt]:
     """The prompts of `texts`, each behind all of `shots`.
 
     Context and answer are cut together, and the answer's tokens are those beyond as many as the context alone has; spaces before
-    {answer} belong to the answer (both as EleutherAI/lm-evaluation-harness, `TemplateLM._encode_pair`).
+    {answer} belong to the answer (both as EleutherAI/lm-evaluation-harness, `TemplateLM._encode_pair`; where a tokenizer merges
+    across the boundary, its sequence is the context's own tokens and then the answer's, here it is the whole text's).
 
     Raises:
       UserError: an answer adds no token, or both are the same tokens.
@@ -159,24 +161,23 @@ def encode(folder, how: Style, shots: Examples, texts: list[str]) -> list[Prompt
     head, tail = how.template.removesuffix("{answer}").split("{text}")
     shown = [f"{head}{text}{tail}{how.answers[label]}{BETWEEN}" for text, label in zip(shots.texts or (), shots.labels)]
     contexts = ["".join([*shown, head, text, tail]) for text in texts]
-    end = hub.closing_tokens(folder)
-
-    def cut(texts):
-        return [ids[: len(ids) - end] for ids in hub.tokenize(folder, texts, special=True)]
-
-    bare = cut([c.rstrip() for c in contexts])
-    whole = [cut([c + answer for c in contexts]) for answer in how.answers]
+    bare = _cut(folder, [c.rstrip() for c in contexts])
     out = []
-    for context, *both in zip(bare, *whole):
-        answers = [ids[len(context) :] for ids in both]
-        for text, ids in zip(how.answers, answers):
-            if not len(ids):
+    for before, *both in zip(bare, *(_cut(folder, [c + answer for c in contexts]) for answer in how.answers)):
+        for text, ids in zip(how.answers, both):
+            if len(ids) <= len(before):
                 raise UserError(f"answers: {text!r} adds no token to a prompt in the template {how.template!r}; expected a space or a line "
                                 "break before {answer}")
         if np.array_equal(*both):
-            raise UserError(f"answers: {how.answers} are the same tokens to the tokenizer in {folder}; expected words that it knows")
-        out.append(Prompt(context, tuple(answers)))
+            raise UserError(f"answers: {how.answers} are the same tokens to the tokenizer in {folder.path}; expected words that it knows")
+        out.append(Prompt(tuple(both), len(before)))
     return out
+
+
+def _cut(folder, texts: list[str]) -> list[np.ndarray]:
+    """Token ids of texts that go on: with the tokens that the tokenizer puts before a text, without those behind it."""
+    end = hub.closing_tokens(folder)
+    return [ids[: len(ids) - end] for ids in hub.tokenize(folder, texts, special=True)]
 
 
 def shorten(folder, how: Style, text: str, prompt: Prompt, tokens: int) -> Prompt:
@@ -186,10 +187,10 @@ def shorten(folder, how: Style, text: str, prompt: Prompt, tokens: int) -> Promp
       UserError: the template and the answers alone are as long.
     """
     head, _ = how.template.removesuffix("{answer}").split("{text}")
-    [ids] = hub.tokenize(folder, [head + text], special=True)
-    tail = prompt.context[len(ids) - hub.closing_tokens(folder) :]
-    kept = tokens - len(tail) - max(map(len, prompt.answers))
-    if kept < 1:
-        raise UserError(f"max_length={tokens}: the template and the answers alone take {tokens - kept} tokens; expected a larger "
-                        "max_length")
-    return Prompt(np.concatenate([prompt.context[:kept], tail]), prompt.answers)
+    first, ids = _cut(folder, [head, head + text])
+    gone = prompt.length - tokens
+    alone = prompt.length - len(ids) + len(first)
+    if alone >= tokens:
+        raise UserError(f"max_length={tokens}: the template and the answers alone take {alone} tokens; expected a larger max_length")
+    kept = len(ids) - gone
+    return Prompt(tuple(np.concatenate([s[:kept], s[len(ids) :]]) for s in prompt.sequences), prompt.context - gone)

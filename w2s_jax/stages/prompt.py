@@ -49,17 +49,16 @@ class _Continuations:
 def answer_logp(model, params, asked: list[prompts.Prompt], mesh, config, stats: dict, label: str = "prompt") -> np.ndarray:
     """Log-likelihood in nats of each prompt's two answers given its context, the sum over their tokens; float32 `[prompts, 2]`.
 
-    A forward pass takes inputs: a context and an answer without its last token. Answers of one token share their input.
+    A forward pass takes inputs: a prompt and an answer without its last token. Answers of one token share their input.
     """
     inputs, targets, place = [], [], np.zeros((len(asked), 2), int)
-    longest = max(len(answer) for prompt in asked for answer in prompt.answers)
+    longest = max(len(ids) - prompt.context for prompt in asked for ids in prompt.sequences)
     for row, prompt in enumerate(asked):
-        for which, answer in enumerate(prompt.answers):
-            ids = np.concatenate([prompt.context, answer[:-1]]).astype(np.int32)
-            if which == 0 or not np.array_equal(ids, inputs[-1]):
-                inputs.append(ids)
+        for which, ids in enumerate(prompt.sequences):
+            if which == 0 or not np.array_equal(ids[:-1], inputs[-1]):
+                inputs.append(ids[:-1])
                 targets.append(np.full((2, longest), -1, np.int32))
-            targets[-1][which, longest - len(answer) :] = answer
+            targets[-1][which, longest - len(ids) + prompt.context :] = ids[prompt.context :]
             place[row, which] = len(inputs) - 1
     with Progress(len(inputs), label=label, unit="prompt") as progress:
         found = forward.predict(_Continuations(model), params, inputs, mesh, stats=stats, progress=progress,
@@ -139,7 +138,7 @@ def _content_free(config, prepared: prompts.Prepared, folder, used: np.ndarray, 
     for shots in np.unique(used):
         shown = prepared.shots.select(range(config.shots - shots, config.shots))
         encoded = prompts.encode(folder, prompts.style(config), shown, list(prompts.CONTENT_FREE))
-        out[int(shots)] = [p for p in encoded if len(p.context) and limits.fits(p.length)]
+        out[int(shots)] = [p for p in encoded if p.context and limits.fits(p.length)]
         if not out[int(shots)]:
             raise UserError(f"calibrate='content_free': no content-free prompt with {shots} shots fits max_length={limits.max_length}; "
                             "expected a larger max_length")
@@ -188,7 +187,7 @@ def _run(config, workdir, prepared: prompts.Prepared, ident: dict, rerun: bool, 
     limits = workload.Limits(config.max_length, model.config.max_positions, config.overlong)
     documents, asked, used, counts = _fitting(config, prepared, folder, limits, notes)
     free = _content_free(config, prepared, folder, used, limits) if config.calibrate == "content_free" else {}
-    largest = max(int(ids.max()) for prompt in asked for ids in (prompt.context, *prompt.answers))
+    largest = max(int(ids.max()) for prompt in asked for ids in prompt.sequences)
     if largest >= model.config.vocab:
         raise UserError(f"model={config.model}: its tokenizer gives token id {largest}, expected ids from 0 to {model.config.vocab - 1}")
     shown = prepared.shots
@@ -200,7 +199,7 @@ def _run(config, workdir, prepared: prompts.Prepared, ident: dict, rerun: bool, 
         })
         for note in notes:
             say(note)
-        lengths = sorted({tuple(map(len, prompt.answers)) for prompt in asked})
+        lengths = sorted({tuple(len(ids) - p.context for ids in p.sequences) for p in asked})
         say(f"{workload.shown(workdir)}: {workload.shown(config.model)} on {workload.shown(config.task)}, {config.shots} shots, "
             f"{len(asked)} prompts of {np.mean([p.length for p in asked]):.1f} tokens, answers {', '.join(map(repr, config.answers))} "
             f"of {' or '.join(f'{a} and {b}' for a, b in lengths)} tokens")
