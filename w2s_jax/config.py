@@ -50,14 +50,14 @@ PROBE_ARGS: dict[str, dict] = {
 
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("finetune", "label", "probe", "export", "pretrain", "sweep", "report", "benchmark"),
+    "stage": ("finetune", "label", "ensemble", "probe", "prompt", "export", "pretrain", "sweep", "report", "benchmark"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
     "train": ("full", "head", "lora"),
-    "head_init": ("zeros", "normal", "small"),
+    "head_init": ("zeros", "normal", "small", "unembedding"),
     "readout": ("auto", "last", "mean", "first"),
     "split": ("a", "b", "train"),
     "group": ("auto", "none"),
@@ -69,6 +69,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "probe": tuple(PROBE_ARGS),
     "mode": ("predict", "filter", "relabel"),
     "pool": ("last", "mean"),
+    "how": ("mean", "vote", "disagreement"),
+    "calibrate": ("none", "content_free", "prior"),
     "keep": ("params", "all", "none"),
     "select": ("last", "val_labels", "agreement", "oracle"),
     "logger": ("none", "tensorboard", "wandb"),
@@ -267,6 +269,8 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         result["lora"] = None
     if "probe" in c:
         result["probe_args"] = probe_args(c)
+    if result.get("head_init", "unembedding") != "unembedding":  # another head has no use for the answers' tokens
+        result.pop("answers", None)
     if c.get("model") and "arch" in result:
         result["arch"] = None  # the sizes come from the model
     return plain_identity(result | fingerprints)
