@@ -70,8 +70,9 @@ def fingerprint_labels(path, planned: dict | None = None) -> str:
         return ""
     if planned and str(path) in planned or epath.Path(path).is_dir():
         return fingerprint_run(path, planned)
-    made = epath.Path(path).parent.parent  # <run>/predictions/<file>
-    if planned and str(made) in planned or run_identity(made):
+    folder = epath.Path(path).parent
+    made = folder.parent
+    if folder.name == "predictions" and (planned and str(made) in planned or run_identity(made)):
         return f"{fingerprint_run(made, planned)}/{epath.Path(path).name}"
     return f"labels:{labels_lib.read(path).fingerprint}"
 
