@@ -180,6 +180,25 @@ def test_methods_are_compared_with_baseline_and_control(tmp_path):
     assert order == [(t, s, m) for t in ("sciq", "boolq") for s in ("large", "medium") for m in FILTER]
 
 
+def test_a_run_may_serve_seeds_of_other_documents(tmp_path):
+    """An ensemble, or zero-shot prompting, stands beside the runs of every seed; these may lack documents of their own."""
+    root = sweeps.make_root(tmp_path / "sweep", seeds=(0, 1), pairs=(("small", "large"),), n=100, drop={"finetune-large-xent-s0-b": 30})
+    shared = pairs_lib.read_pairs(root)[0]["runs"]["weak"]
+    record = json.loads((root / "sweep.json").read_text())
+    for pair in record["pairs"]:
+        pair["runs"]["weak"] = shared
+    (root / "sweep.json").write_text(json.dumps(record))
+    right = read_predictions(root / shared).right
+    found = [r for r in comparison.compare(root, replicates=50).by_seed if r["metric"] == "accuracy" and r["method"] == "xent"]
+    assert [(r["n_test"], r["weak"]) for r in found] == [(70, pytest.approx(right[:70].mean())), (100, pytest.approx(right.mean()))]
+
+
+def test_a_sweep_without_xent_compares_with_the_method_s_loss():
+    base = {"task": "t", "weak": "w", "strong": "s", "runs": {}, "oracle": False}
+    found = pairs_lib.opponents([{**base, "method": m} for m in ("logconf", "logconf s2s 1", "probe knn")])
+    assert found == {("t", "w", "s", "logconf s2s 1"): {"baseline": "logconf"}}
+
+
 def test_labels_that_a_filter_left_out_do_not_count(tmp_path):
     """The student of the random control reads b_random.parquet of the filter's run."""
     root = sweeps.make_root(tmp_path / "sweep", seeds=(0,), methods=FILTER, pairs=(("small", "large"),), n=100)
@@ -248,17 +267,16 @@ def test_wrong_pairs_get_one_line(tmp_path, changes, says):
 ])  # fmt: skip
 def test_three_runs_of_any_stage(tmp_path, config, method):
     runs = {}
-    for role, extra in (("weak", {"stage": "ensemble", "how": "mean"}), ("ceiling", {"loss": "xent"}), ("student", config)):
+    for role, extra in (("weak", {"stage": "ensemble", "how": "mean", "model": "w"}), ("ceiling", {"loss": "xent"}), ("student", config)):
         runs[role] = str(tmp_path / role)
-        record = extra if role == "weak" else {"task": "sciq", "model": "m", "seed": 0, **extra}
         (tmp_path / role).mkdir()
-        (tmp_path / role / "config.json").write_text(json.dumps({"config": {"seed": 0, **record}}))
+        (tmp_path / role / "config.json").write_text(json.dumps({"config": {"task": "sciq", "model": "m", "seed": 0, **extra}}))
     if method is None:
         with pytest.raises(UserError, match="expected a run of stage"):
             pairs_lib.pair_of_runs(**runs)
     else:
         pair, = pairs_lib.pair_of_runs(**runs)
-        assert (pair["method"], pair["weak"], pair["strong"]) == (method, "ensemble mean", "m")
+        assert (pair["method"], pair["weak"], pair["strong"]) == (method, "w mean", "m")
 
 
 def test_every_table_is_a_frame_and_a_file(tmp_path):

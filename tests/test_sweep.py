@@ -61,7 +61,7 @@ def test_every_run_is_there_once_and_ground_truth_is_shared(ladder, tiny_task, k
         runs = {role: found.nodes[name] for role, name in pair["runs"].items()}
         weak, strong = (next(m for m in ladder if m.endswith(pair[role])) for role in ("weak", "strong"))
         for role, expected in {"weak": ("a", "", "xent", weak), "ceiling": ("b", "", "xent", strong),
-                               "student": ("b", "/nowhere/" + pair["runs"]["label"], pair["loss"], strong)}.items():
+                               "student": ("b", "/nowhere/" + pair["runs"]["label"], pair["method"], strong)}.items():
             c = runs[role].config
             assert (c.split, c.labels, c.loss, c.model) == expected and c.seed == pair["seed"]
             assert (c.stage, c.task, c.data_seed, c.batch_size) == ("finetune", str(tiny_task), 0, 8)
@@ -177,10 +177,10 @@ def test_it_ends_in_a_report(finished):
     root, results = finished
     text = (root / "report/report.md").read_text()
     for pair in results["pairs"]:
-        assert pair["loss"] in text
+        assert pair["method"] in text
     with open(root / "report/table.csv") as file:
         table = list(csv.DictReader(file))
-    assert {(row["loss"], row["metric"]) for row in table} == set(itertools.product(("xent", "logconf"), ("accuracy", "auroc")))
+    assert {(row["method"], row["metric"]) for row in table} == set(itertools.product(("xent", "logconf"), ("accuracy", "auroc")))
     ceiling = w2s_jax.load(root / results["pairs"][0]["runs"]["ceiling"]).results["accuracy"]
     assert {float(row["ceiling"]) for row in table if row["metric"] == "accuracy"} == {ceiling}
 

@@ -104,7 +104,7 @@ class _Task:
     def __init__(self, root, task: str, pairs: list[dict], seed: int, replicates: int):
         self.root, self.task, self.pairs, self.seed, self.replicates = root, task, pairs, seed, replicates
         self.notes: list[str] = []
-        self.test: dict[str, Predictions] = {}
+        self.test: dict[tuple, Predictions] = {}  # (seed, run): a run that serves several seeds stands beside each one's others
         seeds = list(dict.fromkeys(p["seed"] for p in pairs))
         for s in seeds:
             self._load(s, dict.fromkeys(p["runs"][role] for p in pairs if p["seed"] == s for role in ("weak", "ceiling", "student")))
@@ -140,13 +140,18 @@ class _Task:
                               "predicted by every run (over-long for one tokenizer, say) and are left out of the comparison")
         for rel, p in found.items():
             row = {i: n for n, i in enumerate(p.ids)}
-            self.test[rel] = p.select(np.array([row[i] for i in common]))
+            self.test[seed, rel] = p.select(np.array([row[i] for i in common]))
 
-    def estimate(self, rel: str, metric: str) -> metrics.Estimate:
-        if (rel, metric) not in self._estimates:
-            p = self.test[rel]
-            self._estimates[rel, metric] = metrics.estimate(self.boot, metric, p.logits, p.labels, self.boot.codes(p.groups))
-        return self._estimates[rel, metric]
+    def of(self, pair: dict, role: str) -> Predictions:
+        """The test predictions of a pair's run."""
+        return self.test[pair["seed"], pair["runs"][role]]
+
+    def estimate(self, pair: dict, role: str, metric: str) -> metrics.Estimate:
+        key = (pair["seed"], pair["runs"][role], metric)
+        if key not in self._estimates:
+            p = self.of(pair, role)
+            self._estimates[key] = metrics.estimate(self.boot, metric, p.logits, p.labels, self.boot.codes(p.groups))
+        return self._estimates[key]
 
     def add_to(self, out: Comparison, draws: dict) -> None:
         for key in dict.fromkeys(key_of(p) for p in self.pairs):
@@ -157,7 +162,7 @@ class _Task:
                 draws[key + (metric,)] = ratios
                 out.by_seed.extend(self.row(key, [p], metric)[0] for p in pairs)
             named = {**_named(key), "seeds": [p["seed"] for p in pairs]}
-            trios = [analyses.Trio(*(self.test[p["runs"][role]] for role in ("weak", "student", "ceiling"))) for p in pairs]
+            trios = [analyses.Trio(*(self.of(p, role) for role in ("weak", "student", "ceiling"))) for p in pairs]
             seeds = [analyses.agreement(self.boot, trio) | self.label_accuracy(p) for trio, p in zip(trios, pairs, strict=True)]
             out.agreement.append(named | {"label_accuracy": None, "label_accuracy_ci": None} | analyses.summary(seeds, self.seed))
             out.misfit.append(named | analyses.summary([analyses.misfit(self.boot, trio) for trio in trios], self.seed))
@@ -176,9 +181,9 @@ class _Task:
         return METRICS if binary else METRICS[:1]
 
     def row(self, key: tuple, pairs: list[dict], metric: str) -> tuple[dict, np.ndarray]:
-        roles = [[self.estimate(p["runs"][role], metric) for p in pairs] for role in ("weak", "student", "ceiling")]
+        roles = [[self.estimate(p, role, metric) for p in pairs] for role in ("weak", "student", "ceiling")]
         numbers, ratios = metrics.pgr_and_replicates(*roles, seed=self.seed)
-        tests = [self.test[p["runs"]["student"]] for p in pairs]
+        tests = [self.of(p, "student") for p in pairs]
         return {**_named(key), "metric": metric, "seeds": [p["seed"] for p in pairs], "n_test": min(len(t.ids) for t in tests),
                 "n_groups": min(len(set(t.groups)) for t in tests),
                 "majority_baseline": float(np.mean([metrics.majority_baseline(t.labels) for t in tests])), **numbers}, ratios
@@ -204,10 +209,10 @@ class _Task:
         """`analyses.calibration` of the pair's runs on the test set, and of its labels on their own documents; each run's once."""
         out = {}
         for role in ("weak", "student", "ceiling"):
-            rel = pair["runs"][role]
-            if ("calibration", rel) not in self._analysed:
-                self._analysed["calibration", rel] = analyses.calibration(self.boot, self.test[rel])
-            out |= {f"{role}_{name}": e for name, e in self._analysed["calibration", rel].items()}
+            key = (pair["seed"], pair["runs"][role])
+            if key not in self._analysed:
+                self._analysed[key] = analyses.calibration(self.boot, self.of(pair, role))
+            out |= {f"{role}_{name}": e for name, e in self._analysed[key].items()}
         if (p := self.labels(pair)) is not None:
             out |= self._of_labels(p, "calibration")
         return out
@@ -225,11 +230,11 @@ class _Task:
         """The rows of `Comparison.reliability`: every run counts once, however many pairs it is in."""
         series: dict[str, dict] = {"weak": {}, "weak labels": {}}
         for p in self.pairs:
-            series["weak"][p["runs"]["weak"]] = self.test[p["runs"]["weak"]]
+            series["weak"][p["runs"]["weak"]] = self.of(p, "weak")
             if (labels := self.labels(p)) is not None:
                 series["weak labels"][id(labels)] = labels
-            series.setdefault(p["method"], {})[p["runs"]["student"]] = self.test[p["runs"]["student"]]
-        series["ceiling"] = {p["runs"]["ceiling"]: self.test[p["runs"]["ceiling"]] for p in self.pairs}
+            series.setdefault(p["method"], {})[p["runs"]["student"]] = self.of(p, "student")
+        series["ceiling"] = {p["runs"]["ceiling"]: self.of(p, "ceiling") for p in self.pairs}
         out = []
         for name, runs in series.items():
             if not runs:

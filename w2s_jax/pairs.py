@@ -70,8 +70,6 @@ def pair_of_runs(weak: str, ceiling: str, student: str, label: str = "") -> list
                (("weak", weak), ("ceiling", ceiling), ("student", student))}  # fmt: skip
     folders = {"weak": weak, "ceiling": ceiling, "student": student}
     for role, config in configs.items():
-        if role == "weak" and config.get("stage") == "ensemble":  # stands for a task and a model of its members'
-            config.update({"task": configs["student"].get("task"), "model": f"ensemble {config.get('how', '')}".strip()})
         if lacks := [k for k in ("task", "model", "seed") if k not in config]:
             raise UserError(f"{role}={folders[role]}: config.json has no {lacks[0]}; expected a run that predicts a test set")
     method = _method(configs["student"], student)
@@ -81,7 +79,10 @@ def pair_of_runs(weak: str, ceiling: str, student: str, label: str = "") -> list
     if configs["ceiling"]["model"] != configs["student"]["model"]:
         raise UserError(f"ceiling: is model {configs['ceiling']['model']!r}, the student is {configs['student']['model']!r}")
     runs = folders | ({"label": label} if label else {})
-    return [{"task": configs["student"]["task"], "weak": configs["weak"]["model"], "strong": configs["student"]["model"],
+    supervisor = configs["weak"]["model"]
+    if configs["weak"].get("stage") == "ensemble":  # which records its members' model
+        supervisor += f" {configs['weak']['how']}"
+    return [{"task": configs["student"]["task"], "weak": supervisor, "strong": configs["student"]["model"],
              "method": method, "seed": configs["student"]["seed"],
              "runs": {role: os.path.abspath(r) if "://" not in r else r for role, r in runs.items()}}]
 
@@ -135,6 +136,7 @@ def selected_by_oracle(run_dir) -> bool:
 def opponents(pairs: list[dict]) -> dict[tuple, dict[str, str]]:
     """(task, weak, strong, method) -> {"baseline": method, "control": method}, as far as these are among the `pairs` of `arrange`.
 
+    A baseline that a pair does not name is xent, or in a sweep without it the loss that the method's name begins with.
     Like is compared with like: an oracle's method with the oracle's baseline where there is one, else with the plain one.
     """
     known: dict[tuple, set[str]] = {}
@@ -142,14 +144,14 @@ def opponents(pairs: list[dict]) -> dict[tuple, dict[str, str]]:
         known.setdefault(key_of(p)[:3], set()).add(p["method"])
     out: dict[tuple, dict[str, str]] = {}
     for p in pairs:
-        for kind, name in (("baseline", p.get("baseline") or BASELINE), ("control", p.get("control"))):
+        here, own = known[key_of(p)[:3]], p["method"].removesuffix(ORACLE)
+        default = BASELINE if {BASELINE, BASELINE + ORACLE} & here else own.split(" ")[0]
+        for kind, name in (("baseline", p.get("baseline") or default), ("control", p.get("control"))):
             if name is None:
                 continue
             plain = name.removesuffix(ORACLE)
             choice = [plain + ORACLE, plain] if p["oracle"] else [plain, plain + ORACLE]
-            found = [m for m in choice if m in known[key_of(p)[:3]] and m != p["method"]]
-            if p["method"].removesuffix(ORACLE) == plain and not p["oracle"]:
-                found = []  # the baseline itself
-            if found:
+            found = [m for m in choice if m in here and m != p["method"]]
+            if found and (own != plain or p["oracle"]):  # not the baseline itself
                 out.setdefault(key_of(p), {})[kind] = found[0]
     return out
