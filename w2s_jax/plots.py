@@ -80,6 +80,7 @@ def pgr(rows: Sequence[dict]) -> dict[str, bytes]:
             axis.axvline(0, color="0.55", linewidth=1.2, zorder=1)
             axis.axvline(1, color="0.55", linewidth=1.2, linestyle="--", zorder=1)
             axis.set_xlim(low, high)
+            axis.locator_params(axis="x", nbins=6)
             _finish(axis, task, labels, height, f"PGR by {'AUROC' if metric == 'auroc' else metric}")
     handles = [*(_handle(styles[x], x) for x in methods), _guide("-", "weak"), _guide("--", "ceiling")]
     if any(r["pgr_ci"] and not r["gap_clear"] for r in rows):
@@ -173,15 +174,16 @@ def _plain(axis, title: str, xlabel: str, ylabel: str) -> None:
 
 def _pgr_dot(axis, row: dict, line: int, style: tuple[str, str], low: float, high: float) -> None:
     if row["pgr_ci"] is None:
-        text = "undefined, no gap" if row["pgr"] is None else f"withheld, no gap in {100 * row['undefined']:.0f}% of draws"
-        axis.text(0.03, line, f"{row['method']}: {text}", color="0.25", fontsize=7.5, va="center")
+        text = "undefined, no gap" if row["pgr"] is None else f"withheld, no gap in {100 * row['undefined']:.0f}%"
+        axis.text(0.01, line, f"{row['method']}: {text}", color="0.25", fontsize=7, va="center", transform=axis.get_yaxis_transform(),
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, zorder=2)
         return
     inside = min(max(row["pgr"], low), high)
     _dot(axis, inside, row["pgr_ci"], line, style, hollow=not row["gap_clear"], centre=row["pgr"])
     if inside != row["pgr"]:
         right = inside == high
-        axis.annotate(number(row["pgr"], 1), (inside, line), (-7 if right else 7, 0), textcoords="offset points", fontsize=7.5,
-                      va="center", ha="right" if right else "left")
+        axis.annotate(number(row["pgr"], 1), (inside, line), (-4 if right else 4, 1.5), textcoords="offset points", fontsize=7,
+                      va="bottom", ha="right" if right else "left")
 
 
 def _dot(axis, value: float, ci, line: float, style: tuple[str, str], hollow: bool = False, centre: float | None = None) -> None:
