@@ -45,6 +45,11 @@ def test_strong_to_strong(ladder, tiny_task):  # noqa: F811
     assert len(found.nodes) == 4 + 1 + 2 * 4  # two of ground truth, labels, two students; and for each loss two rounds of two runs
 
 
+def test_rounds_of_some_losses(ladder, tiny_task):  # noqa: F811
+    found = build(sweep(ladder[:2], [tiny_task], s2s_rounds=1, losses=("xent", "kl"), s2s_losses=("kl",)))
+    assert [p["method"] for p in found.pairs] == ["xent", "kl", "kl s2s 1"]
+
+
 def test_bootstrapping_climbs_the_ladder(ladder, tiny_task):  # noqa: F811
     found = build(sweep(ladder, [tiny_task], bootstrap=True))
     (row,) = rows(found, method="xent bootstrap")
@@ -119,6 +124,7 @@ def test_floors_and_oracles(ladder, tiny_task):  # noqa: F811
     ({"ensembles": ("mean",)}, "over one seed, expected two seeds or more, or members=models"),
     ({"ensembles": ("mean",), "members": "models"}, "over one supervisor, expected three models or more"),
     ({"probes": ("knn", "knn")}, "config.probes: .*names one twice"),
+    ({"s2s_losses": ("kl",)}, "config.s2s_losses: 'kl' is none of config.losses"),
 ])
 def test_keys_that_do_not_fit_together(keys, message, ladder, tiny_task):  # noqa: F811
     keys = dict(keys)

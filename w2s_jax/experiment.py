@@ -130,7 +130,8 @@ class _Task:
         for loss in config.losses:
             student = self._student(name, s, seed, loss, labels)
             row(loss, student)
-            self._rounds(name, s, seed, loss, student, labels, row)
+            if loss in (config.s2s_losses or config.losses):
+                self._rounds(name, s, seed, loss, student, labels, row)
             if config.bootstrap and s - w > 1:
                 chain = labels
                 for m in range(w + 1, s):
