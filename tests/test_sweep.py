@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import w2s_jax
 from w2s_jax import config as config_lib
-from w2s_jax import graph, main, runlog, stages, train
+from w2s_jax import experiment, main, runlog, stages, train
+from w2s_jax import graph as graph_lib
 from w2s_jax.config import shipped
 from w2s_jax.errors import UserError
 
@@ -37,7 +38,7 @@ def sweep(models, tasks, **keys):
 
 
 def build(config, root="/nowhere"):
-    return graph.build(config, root, stages.identity)
+    return experiment.build(config, root, stages.identity)
 
 
 # --------------------------------------------------------------------------- the graph
@@ -122,13 +123,13 @@ def test_learning_rates_belong_to_models(ladder, tiny_task):
 ], ids=str)
 def test_lists_that_do_not_fit_together(ladder, tiny_task, keys, message):
     with pytest.raises(UserError, match=f"config.{message}"):
-        graph.check(tiny.set_keys(sweep(ladder, [tiny_task]), **keys))
+        graph_lib.check(tiny.set_keys(sweep(ladder, [tiny_task]), **keys))
 
 
 @pytest.mark.parametrize("name, expected", [("gpt2", "gpt2"), ("EleutherAI/pythia-160m", "pythia_160m"), ("/x/run-1/model/", "run_1"),
                                             ("/x/my model", "my_model"), ("model", "model")])
 def test_short_names(name, expected):
-    assert graph.short(name) == expected
+    assert graph_lib.short(name) == expected
 
 
 def test_a_dry_run_prints_the_graph_and_writes_nothing(ladder, tiny_task, tmp_path, capsys):
