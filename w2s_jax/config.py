@@ -36,16 +36,28 @@ OPTIMIZER_ARGS: dict[str, dict] = {
     "adafactor_openai": {},
 }
 
+# Settings of LoRA, with their defaults: rank 8, scale 1 and every matrix of the layers, as EleutherAI/w2s has them.
+LORA_ARGS: dict = {"rank": 8, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "rslora": False, "init": ""}
+
+# Arguments that each probe takes, with its defaults; an l2 of None is chosen by cross-validation (the reference's code has 1e-3).
+PROBE_ARGS: dict[str, dict] = {
+    "knn": {"k": 50},
+    "logistic": {"l2": None, "folds": 5},
+    "linear": {"l2": None, "folds": 5},
+    "mean_difference": {},
+    "topofilter": {"k": 50},
+}
+
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("finetune", "label", "export", "pretrain", "ensemble", "prompt", "sweep", "report", "benchmark"),
+    "stage": ("finetune", "label", "ensemble", "probe", "prompt", "export", "pretrain", "sweep", "report", "benchmark"),
     "dtype": ("float32", "bfloat16"),
-    "param_dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
-    "train": ("full", "head"),
-    "head_init": ("zeros", "normal", "unembedding"),
+    "train": ("full", "head", "lora"),
+    "head_init": ("zeros", "normal", "small", "unembedding"),
     "readout": ("auto", "last", "mean", "first"),
     "split": ("a", "b", "train"),
     "group": ("auto", "none"),
@@ -54,19 +66,23 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": tuple(LOSS_ARGS),
     "schedule": ("constant", "cosine", "linear"),
     "optimizer": tuple(OPTIMIZER_ARGS),
+    "probe": tuple(PROBE_ARGS),
+    "mode": ("predict", "filter", "relabel"),
+    "pool": ("last", "mean"),
     "how": ("mean", "vote", "disagreement"),
     "calibrate": ("none", "content_free", "prior"),
     "keep": ("params", "all", "none"),
+    "select": ("last", "val_labels", "agreement", "oracle"),
     "logger": ("none", "tensorboard", "wandb"),
 }
 
 # Keys that change how a run is executed, not what comes out: two runs that differ only in these are the same run.
 EXECUTION = (
     "mesh", "microbatch_size", "remat", "attention", "steps_per_dispatch", "logger", "log_every", "eval_every",
-    "checkpoint_every", "keep", "eval_batch_size", "workdir",
+    "checkpoint_every", "keep", "eval_batch_size", "features", "workdir",
 )  # fmt: skip
 # Keys whose content counts, not their name: an identity holds a fingerprint in their place.
-CONTENT = ("model", "task", "labels", "run", "corpus", "tokenizer")
+CONTENT = ("model", "task", "labels", "stats_labels", "run", "corpus", "tokenizer")
 NAMES_OF_CONTENT = ("revision", "task_dir", "task_revision")  # where the content was found; covered by its fingerprint
 STORES = {"gs": ("gcsfs", "w2s_jax[gcs]"), "s3": ("s3fs", "s3fs")}  # object stores: the module that reads one, and what to install
 
@@ -205,8 +221,8 @@ def _resolve(values, defaults: dict) -> dict:
     for name, default in defaults.items():
         value = (values or {}).get(name)
         value = default if value is None else value
-        whole = isinstance(default, bool) or name in ("buffer", "chunk")
-        resolved[name] = value if whole or isinstance(value, str) else float(value)
+        whole = isinstance(default, bool) or name in ("buffer", "chunk", "k", "folds")
+        resolved[name] = value if whole or value is None or isinstance(value, str) else float(value)
     return resolved
 
 
@@ -218,6 +234,11 @@ def loss_args(c: ConfigDict) -> dict:
 def optimizer_args(c: ConfigDict) -> dict:
     """The chosen optimizer's arguments, its defaults filled in."""
     return _resolve(c.get("optimizer_args"), OPTIMIZER_ARGS[c.optimizer])
+
+
+def probe_args(c: ConfigDict) -> dict:
+    """The chosen probe's arguments, its defaults filled in; an l2 that nobody set stays None."""
+    return _resolve(c.get("probe_args"), PROBE_ARGS[c.probe])
 
 
 def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
@@ -232,8 +253,10 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         A dict that survives a JSON round trip unchanged.
     """
     result = json.loads(json.dumps(c.to_dict()))
+    selects = c.get("select", "last") != "last"  # then the evaluations decide which step is kept
     for key in (*EXECUTION, *NAMES_OF_CONTENT):
-        result.pop(key, None)
+        if not (selects and key == "eval_every"):
+            result.pop(key, None)
     for key in CONTENT:
         if key in result:
             assert key in fingerprints or not result[key], f"identity() needs the fingerprint of {key}={result[key]!r}"
@@ -242,6 +265,10 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         result["loss_args"] = loss_args(c)
     if "optimizer" in c:
         result["optimizer_args"] = optimizer_args(c)
+    if "lora" in c and c.train != "lora":
+        result["lora"] = None
+    if "probe" in c:
+        result["probe_args"] = probe_args(c)
     if result.get("head_init", "unembedding") != "unembedding":  # another head has no use for the answers' tokens
         result.pop("answers", None)
     if c.get("model") and "arch" in result:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -59,30 +60,39 @@ def predict(model, params, tokens: Sequence[np.ndarray], mesh, *, tokens_per_bat
     return forward(model, params, batches, len(tokens), mesh, stats=stats, progress=progress)
 
 
-def forward(model, params, batches: list[packing.EvalBatch], documents: int, mesh, *, stats=None, progress=None) -> np.ndarray:
-    """`predict` over batches that are packed already (evaluations every N steps pack once)."""
+def passes(name, function: Callable, params, batches: list[packing.EvalBatch], mesh, *, stats=None,
+           progress=None) -> Iterator[tuple[packing.EvalBatch, np.ndarray]]:
+    """`function(params, arrays)` of each packed batch in order, on the host, while the device works on the next ones.
+
+    `name`: hashable, what the function is (its model included); equal names share compiled programs.
+    """
     sharding = mesh_lib.batch_sharding(mesh)
-    out, waiting = None, []
+    waiting = collections.deque()
 
     def collect(keep: int):
-        nonlocal out
         while len(waiting) > keep:
-            batch, logits = waiting.pop(0)
-            logits = np.asarray(logits)
-            if out is None:
-                out = np.full((documents, logits.shape[-1]), np.nan, np.float32)
-            real = batch.documents >= 0
-            out[batch.documents[real]] = logits[real]
+            batch, outputs = waiting.popleft()
+            yield batch, np.asarray(outputs)
             if progress is not None:
-                progress.update(int(real.sum()), tokens=int((batch.arrays["segments"] > 0).sum()))
+                progress.update(int((batch.documents >= 0).sum()), tokens=int((batch.arrays["segments"] > 0).sum()))
 
     for batch in batches:
         arrays = {k: jax.device_put(v, sharding) for k, v in batch.arrays.items()}
-        key = (model, mesh, "forward", tuple((k, a.shape) for k, a in sorted(batch.arrays.items()) if k not in ("segments", "positions")))
-        call = compiled(key, lambda arrays=arrays: _compile(jax.jit(model.apply).lower(params, arrays)), stats)
+        shapes = tuple((k, a.shape) for k, a in sorted(batch.arrays.items()) if k not in ("segments", "positions"))
+        call = compiled((name, mesh, shapes), lambda arrays=arrays: _compile(jax.jit(function).lower(params, arrays)), stats)
         waiting.append((batch, call(params, arrays)))
-        collect(keep=2)
-    collect(keep=0)
+        yield from collect(keep=2)
+    yield from collect(keep=0)
+
+
+def forward(model, params, batches: list[packing.EvalBatch], documents: int, mesh, *, stats=None, progress=None) -> np.ndarray:
+    """`predict` over batches that are packed already (evaluations every N steps pack once)."""
+    out = None
+    for batch, logits in passes((model, "forward"), model.apply, params, batches, mesh, stats=stats, progress=progress):
+        if out is None:
+            out = np.full((documents, logits.shape[-1]), np.nan, np.float32)
+        real = batch.documents >= 0
+        out[batch.documents[real]] = logits[real]
     if out is None or np.isnan(out).any():
         raise UserError("the model's outputs are not finite" if out is not None else "no document to label")
     return out

@@ -48,11 +48,11 @@ def evaluate(logits: np.ndarray, examples: Examples) -> dict:
     return metrics.evaluate(logits[known], examples.labels[known], [examples.groups[i] for i in known])
 
 
-def write_predictions(run, split: str, examples: Examples, logits: np.ndarray, weights: np.ndarray | None = None) -> None:
-    """`predictions/<split>.parquet` of a run; see `labels.write_predictions`."""
+def write_predictions(run, split: str, examples: Examples, logits: np.ndarray | None = None, **columns) -> None:
+    """`predictions/<split>.parquet` of a run; `columns` as `labels.write_predictions` takes them."""
     folder = epath.Path(run.path) / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
-    labels_lib.write_predictions(folder / f"{split}.parquet", examples, logits, weights)
+    labels_lib.write_predictions(folder / f"{split}.parquet", examples, logits, **columns)
 
 
 def shown(path) -> str:
@@ -71,8 +71,11 @@ def summary(results: dict) -> str:
     return line + (f", AUROC {results['auroc']:.3f}" if results.get("auroc") is not None else "")
 
 
-def finished(workdir, config, ident: dict, rerun: bool) -> dict | None:
-    """The results of a run that is done already, so that nothing is loaded for it; a directory of another run is refused here."""
+def finished(workdir, config, ident: dict, rerun: bool, summary=summary) -> dict | None:
+    """The results of a run that is done already, so that nothing is loaded for it; a directory of another run is refused here.
+
+    `summary(results)`: what the printed line says of them.
+    """
     if not (epath.Path(workdir) / "config.json").exists():
         return None
     with runlog.Run.open(workdir, config, ident) as held:

@@ -70,6 +70,10 @@ def fingerprint_labels(path, planned: dict | None = None) -> str:
         return ""
     if planned and str(path) in planned or epath.Path(path).is_dir():
         return fingerprint_run(path, planned)
+    folder = epath.Path(path).parent
+    made = folder.parent
+    if folder.name == "predictions" and (planned and str(made) in planned or run_identity(made)):
+        return f"{fingerprint_run(made, planned)}/{epath.Path(path).name}"
     return f"labels:{labels_lib.read(path).fingerprint}"
 
 
@@ -135,6 +139,38 @@ def tokenized(examples: Examples, folder, limits: Limits, vocab: int, what: str,
     return examples.replace(tokens=[np.asarray(t, np.int32) for t in tokens]).select(keep), counts
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run trains on, as tokens. `train`, `val`: with the truth; `given`: both, one after the other, with the labels (and
+    weights) to train on; `dropped`: counts by reason."""
+
+    train: Examples
+    val: Examples
+    given: Examples
+    dropped: dict[str, int]
+
+
+def training_parts(prepared: splits.Prepared, labels: labels_lib.Labels | None, folder, limits: Limits, vocab: int,
+                   notes: list[str]) -> Parts:
+    """The training and validation documents, over-long ones dealt with (see `tokenized`), matched with `labels` (None = the truth).
+
+    Raises:
+      UserError: as `tokenized`; labels that do not fit the documents.
+    """
+    dropped, parts = dict(prepared.n_dropped), {}
+    for part, what in ((prepared.train, "training"), (prepared.val, "validation")):
+        parts[what] = part
+        if len(part):
+            parts[what], counts = tokenized(part, folder, limits, vocab, what, notes)
+            for key, n in counts.items():
+                dropped[key] = dropped.get(key, 0) + n
+    train_part, val = parts.values()
+    given = splits.concat(*(part for part in parts.values() if len(part)))
+    if labels:
+        given = labels_lib.attach(given, labels, frozenset(prepared.train.ids + prepared.val.ids) - set(given.ids))
+    return Parts(train_part, val, given, dropped)
+
+
 # --------------------------------------------------------------------------- models
 
 
@@ -156,13 +192,24 @@ def precision(config):
 
 
 def _build(config, folder: hub.Folder, head: str) -> models.Model:
+    param_dtype = models.stored_dtype(folder) if config.param_dtype == "auto" else config.param_dtype
     return models.build(
-        models.read_config(folder), head=head, dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat,
-        attention=config.attention, dropout=float(config.get("dropout", 0.0)), readout=config.readout, head_init=config.head_init)
+        models.read_config(folder), head=head, dtype=config.dtype, param_dtype=param_dtype, remat=config.remat,
+        attention=config.attention, dropout=float(config.get("dropout", 0.0)), readout=config.readout, head_init=config.head_init,
+        lora=lora(config))
+
+
+def lora(config) -> models.Lora | None:
+    """The adapters of a run: None where it trains none."""
+    if config.get("train") != "lora":
+        return None
+    c = config.lora
+    return models.Lora(int(c.rank), float(c.alpha), float(c.dropout), c.targets, bool(c.rslora))
 
 
 def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
-    """Build and load `config.model` on `config.mesh`; `seed` initialises the head."""
+    """Build and load `config.model` on `config.mesh`; `seed` initialises the head and the adapters, unless the latter start from
+    `config.lora.init`."""
     folder = hub.resolve(config.model, config.revision)
     model = _build(config, folder, head)
     mesh = mesh_lib.make_mesh(config.mesh)
@@ -170,6 +217,8 @@ def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
     params = models.load(folder, model, shardings, jax.random.key(seed))
     if head == "classifier" and config.head_init == "unembedding":
         params["head"]["kernel"] = jax.device_put(_unembedding(config, model, folder), params["head"]["kernel"].sharding)
+    if lora(config) and config.lora.init:
+        params = models.load_adapter(config.lora.init, params, model)
     return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [])
 
 

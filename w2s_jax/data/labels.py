@@ -19,25 +19,29 @@ from w2s_jax.data.tasks import Row
 from w2s_jax.errors import UserError
 
 
-def write_predictions(path, examples: Examples, logits: np.ndarray, weights: np.ndarray | None = None) -> None:
+def write_predictions(path, examples: Examples, logits: np.ndarray | None = None, weights: np.ndarray | None = None,
+                      probs: np.ndarray | None = None) -> None:
     """Writes a predictions file, atomically.
 
     Args:
       path: the parquet file, local or gs://; its folder is made.
       examples: the documents, with whatever labels are known of them.
-      logits: float32 `[n, classes]`, one row a document.
+      logits: float32 `[n, classes]`, one row a document; None = `log` of `probs`.
       weights: float32 `[n]`, 0 or more, for the column weight; None = no such column.
+      probs: float32 `[n, classes]`, written as they are (labels that are passed on); None = softmax of the logits.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from etils import epath
 
+    if logits is None:
+        logits = log(probs)
     logits = np.asarray(logits, np.float32)
     if logits.ndim != 2 or len(logits) != len(examples):
         raise ValueError(f"logits {logits.shape} for {len(examples)} documents")
     if weights is not None and (np.shape(weights) != (len(examples),) or not np.isfinite(weights).all() or np.min(weights) < 0):
         raise ValueError(f"weights {np.shape(weights)} for {len(examples)} documents: expected finite ones, 0 or more")
-    probs = softmax(logits)
+    probs = softmax(logits) if probs is None else np.asarray(probs, np.float32)
     table = {
         "id": pa.array(examples.ids, pa.string()),
         "text_sha": pa.array(examples.text_shas, pa.string()),
@@ -57,6 +61,11 @@ def write_predictions(path, examples: Examples, logits: np.ndarray, weights: np.
     part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
     part.write_bytes(sink.getvalue().to_pybytes())
     part.replace(path)
+
+
+def log(probs: np.ndarray) -> np.ndarray:
+    """float32 logits of probabilities; 0 counts as the smallest float32."""
+    return np.log(np.maximum(np.asarray(probs, np.float32), np.finfo(np.float32).tiny))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -20,15 +20,18 @@ from flax import nnx
 from w2s_jax.errors import UserError, nearest
 from w2s_jax.models import attention as attention_lib
 from w2s_jax.models import heads, weights
+from w2s_jax.models import lora as lora_lib
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.backbone import REMAT, Backbone
 from w2s_jax.models.families import FAMILIES, parse, read_config, read_raw
 from w2s_jax.models.layers import Compute, Linear
+from w2s_jax.models.lora import Lora
 from w2s_jax.models.weights import nest, paths
 
-__all__ = ["FAMILIES", "Architecture", "Model", "build", "load", "nest", "parse", "paths", "read_config", "read_raw", "save",
-           "unembedding"]
+__all__ = ["FAMILIES", "Architecture", "Lora", "Model", "adapter_files", "build", "load", "load_adapter", "merge", "nest", "parse",
+           "paths", "read_config", "read_raw", "save", "stored_dtype", "unembedding"]
 
+POOLS = ("last", "mean")  # what `Model.features` reads of a document
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -36,7 +39,7 @@ class _Network(nnx.Module):
     """The module whose state the params are: backbone, and what the head needs beside it."""
 
     def __init__(self, config: Architecture, compute: Compute, classes: int | None, pooled: bool, head_init: str, key: jax.Array):
-        rngs = [nnx.Rngs(params=jax.random.fold_in(key, i)) for i in range(3)]
+        rngs = [nnx.Rngs(params=jax.random.fold_in(key, i), lora=jax.random.fold_in(key, 3)) for i in range(3)]
         self.backbone = Backbone(config, compute, rngs=rngs[0])
         if classes is None:
             if not config.tied:
@@ -64,7 +67,8 @@ class Model:
         self.compute, self.param_dtype = compute, compute.param_dtype
         self._make = lambda key: _Network(config, compute, classes if head == "classifier" else None, self.pooled, head_init, key)
         # One function for the model's life, so that each run after the first finds it compiled; the rest of init is dead code.
-        self._init_head = jax.jit(lambda key: {k: v for k, v in self.init(key).items() if k == "head"})
+        self._init_new = jax.jit(lambda key: nest({p: leaf for p, leaf in paths(self.init(key)).items()
+                                                   if p.startswith("head/") or weights.is_adapter(p)}))
         self._graph, state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))
         self.abstract = nnx.to_pure_dict(state)
 
@@ -72,9 +76,9 @@ class Model:
         """Random params by the family's published initialisation, the head by head_init; works under jit with out_shardings."""
         return nnx.to_pure_dict(nnx.state(self._make(key)))
 
-    def init_head(self, key: jax.Array) -> dict:
-        """Only the head's part of `init(key)`, {"kernel": [embed, classes], ...} (nothing for a language model)."""
-        return self._init_head(key).get("head", {})
+    def init_new(self, key: jax.Array) -> dict:
+        """Only the part of `init(key)` that no checkpoint holds: the head (a language model has none) and the adapters."""
+        return self._init_new(key)
 
     def _merge(self, params: dict) -> _Network:
         if jax.tree.structure(params) != jax.tree.structure(self.abstract):
@@ -82,13 +86,17 @@ class Model:
         assert all(hasattr(leaf, "astype") for leaf in jax.tree.leaves(params)), "a parameter is not an array"
         return nnx.merge(self._graph, params)
 
-    def _states(self, network: _Network, batch: dict, dropout_key=None, **options):
-        """Hidden states before the final norm, [cells, rows, time, embed]; see Backbone."""
-        cells, rows, time = batch["tokens"].shape
-        flat = [batch[k].reshape(cells * rows, time) for k in ("tokens", "segments", "positions")]
+    def _rows(self, batch: dict) -> tuple[list[jax.Array], dict]:
+        """The batch's tokens, segments and positions as [cells * rows, time], and what the backbone is told of it."""
+        flat = [batch[k].reshape(-1, batch[k].shape[-1]) for k in ("tokens", "segments", "positions")]
         # One place for a document in a cell: then no row holds two, and the shapes say so.
-        states = network.backbone(*flat, dropout_key, one_document=batch["documents"].shape[-1] == 1, **options)
-        return jax.tree.map(lambda a: a.reshape(*a.shape[:-3], cells, rows, *a.shape[-2:]), states)
+        return flat, {"one_document": batch["documents"].shape[-1] == 1}
+
+    def _states(self, network: _Network, batch: dict, dropout_key=None) -> jax.Array:
+        """Hidden states before the final norm, [cells, rows, time, embed]; see Backbone."""
+        flat, options = self._rows(batch)
+        states = network.backbone(*flat, dropout_key, **options)
+        return states.reshape(*batch["tokens"].shape, -1)
 
     def apply(self, params: dict, batch: dict, dropout_key: jax.Array | None = None) -> jax.Array:
         """The head's output for each document, float32 [cells, slots, classes]; empty slots hold finite values of no meaning.
@@ -120,8 +128,29 @@ class Model:
         network = self._merge(params)
         if not all_layers:
             return network.backbone.final_norm(self._states(network, batch))
-        x, inputs = self._states(network, batch, all_layers=True)
-        return jnp.concatenate([inputs, network.backbone.final_norm(x)[None]])
+        flat, options = self._rows(batch)
+        states = network.backbone.read(*flat, tuple(range(self.config.layers + 1)), lambda x: x, **options)
+        return states.reshape(-1, *batch["tokens"].shape, states.shape[-1])
+
+    def features(self, params: dict, batch: dict, layers: tuple[int, ...], pool: str = "last") -> jax.Array:
+        """Each document's hidden state at some layers, float32 [len(layers), cells, slots, embed]; empty slots hold no meaning.
+
+        `layers`: ascending numbers as in `hidden` (0 = embeddings); layers above the last of them are not computed, and no
+        layer's hidden states are kept whole. `pool`: last (the document's last token) | mean (over its tokens).
+        """
+        if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= self.config.layers:
+            raise ValueError(f"layers {layers}: expected ascending numbers from 0 to {self.config.layers}")
+        assert pool in POOLS, pool
+        network = self._merge(params)
+        flat, options = self._rows(batch)
+
+        def pick(x):
+            x = x.reshape(*batch["tokens"].shape, -1)
+            if pool == "mean":
+                return heads.mean_over_tokens(x, batch["segments"], batch["documents"])
+            return heads.gather_last(x, batch["last"]).astype(jnp.float32)
+
+        return network.backbone.read(*flat, tuple(layers), pick, **options)
 
     def logits(self, params: dict, batch: dict) -> jax.Array:
         """The language model's logits, float32 [cells, rows, time, vocab] (large: for tests and small models)."""
@@ -154,8 +183,11 @@ class Model:
 @cache
 def build(config: Architecture, *, head: str, classes: int = 2, dtype: str = "float32", param_dtype: str = "float32",
           remat: str = "none", attention: str = "auto", dropout: float = 0.0, readout: str = "auto",
-          head_init: str = "zeros") -> Model:
-    """The Model for these arguments (the config's keys of the same names); equal arguments give the identical object."""
+          head_init: str = "zeros", lora: Lora | None = None) -> Model:
+    """The Model for these arguments (the config's keys of the same names); equal arguments give the identical object.
+
+    `lora`: adapters on the layers' matrices. UserError: an argument that is not known, or that does not fit the model.
+    """
     choices = {"head": (head, ("classifier", "lm")), "dtype": (dtype, DTYPES), "param_dtype": (param_dtype, DTYPES),
                "remat": (remat, REMAT), "attention": (attention, attention_lib.IMPLEMENTATIONS), "readout": (readout, heads.READOUTS),
                "head_init": (head_init, heads.HEAD_INITS)}
@@ -174,13 +206,38 @@ def build(config: Architecture, *, head: str, classes: int = 2, dtype: str = "fl
         if readout not in ("auto", "last"):
             raise UserError(f"readout={readout!r}: head_init='unembedding' reads the last token, as the language model does; expected "
                             "auto or last")
-    compute = Compute(jnp.dtype(DTYPES[dtype]), jnp.dtype(DTYPES[param_dtype]), remat, attention, dropout)
+    adapters = ()
+    if lora is not None:
+        whole = build(config, head=head, classes=classes, dtype=dtype, param_dtype=param_dtype, attention=attention, readout=readout)
+        backbone = {"backbone": whole.abstract["backbone"]}
+        adapters = lora_lib.adapters(lora, lora_lib.modules(backbone, config, FAMILIES[config.family]))
+    compute = Compute(jnp.dtype(DTYPES[dtype]), jnp.dtype(DTYPES[param_dtype]), remat, attention, dropout, adapters)
     return Model(config, head, classes, compute, readout, head_init)
 
 
 def load(folder, model: Model, shardings: dict | None = None, key: jax.Array | None = None) -> dict:
     """Params of `model` from the safetensors in `folder`; see w2s_jax.models.weights.load."""
     return weights.load(folder, model, FAMILIES[model.config.family], shardings, key)
+
+
+def stored_dtype(folder) -> str:
+    """The parameter type that keeps a checkpoint's digits: bfloat16 where all of its tensors are, else float32."""
+    return weights.stored_dtype(folder)
+
+
+def load_adapter(folder, params: dict, model: Model) -> dict:
+    """`params` with the adapters (and the head) of a folder in PEFT's format; see w2s_jax.models.lora.read."""
+    return lora_lib.read(folder, params, model, FAMILIES[model.config.family])
+
+
+def merge(params: dict, lora: Lora) -> dict:
+    """`params` without adapters, these added to the matrices; see w2s_jax.models.lora.merge."""
+    return lora_lib.merge(params, lora.scale)
+
+
+def adapter_files(params: dict, model: Model, lora: Lora, base: str, revision: str) -> tuple[dict, bytes]:
+    """PEFT's two files of the adapters and the head; see w2s_jax.models.lora.files."""
+    return lora_lib.files(params, model, FAMILIES[model.config.family], lora, base, revision)
 
 
 def unembedding(folder, model: Model, ids) -> np.ndarray:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 
 from w2s_jax import registry
+from w2s_jax.config import CHOICES
 from w2s_jax.errors import UserError, nearest
 
-STAGES = {name: f"w2s_jax.stages.{name}" for name in (
-    "finetune", "label", "export", "pretrain", "ensemble", "prompt", "sweep", "report", "benchmark")}
+STAGES = {name: f"w2s_jax.stages.{name}" for name in CHOICES["stage"]}
 
 
 def run(config, workdir, **options) -> dict:
@@ -35,11 +35,14 @@ def prepare(config) -> dict:
     """Options for `run`: what can be read and checked of a stage's input before jax is imported (see `main.py`).
 
     Raises:
-        UserError: documents, labels, a run to label with, to export or to combine, or the lists of a sweep are not what the stage needs.
+        UserError: documents, labels, a run to label, probe, export or combine, or the lists of a sweep are not what the stage needs.
     """
-    if config.stage == "finetune":
+    if config.stage in ("finetune", "probe"):
+        from w2s_jax import runlog
         from w2s_jax.data import labels, splits
 
+        if config.get("run"):
+            runlog.load_done(config.run, "finetune")
         prepared = splits.prepare(config)
         return {"prepared": prepared, "labels": labels.read(config.labels) if config.labels else None}
     if config.stage in ("label", "export"):

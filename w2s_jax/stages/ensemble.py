@@ -192,7 +192,7 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
 
     with Run.open(workdir, _recorded(config, found), ident, rerun=rerun) as run_:
         run_.start({"parents": [m.path for m in found]})
-        outcomes.write_predictions(run_, config.split, labels, logits[config.split], weights)
+        outcomes.write_predictions(run_, config.split, labels, logits[config.split], weights=weights)
         outcomes.write_predictions(run_, "test", test, logits["test"])
         results = outcomes.evaluate(logits["test"], test)
         results |= {f"label_{k}": v for k, v in outcomes.evaluate(logits[config.split], labels).items() if k != "n_test"}

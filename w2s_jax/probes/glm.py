@@ -1,0 +1,243 @@
+"""Logistic and ridge regression on soft labels: L-BFGS on one copy of the features for all penalties and folds at once.
+
+The objective is mean(loss) + l2 * sum(w^2), without penalty on the bias: loss = cross-entropy of the soft label for "logistic"
+(EleutherAI/w2s, `logistic.py`), squared error for "linear". It is minimised in coordinates z, w = M z, in which it is nearly
+round: M comes from the eigenvectors of the features' covariance. M is invertible, so the minimum is that of the stated objective;
+only the way there is shorter. Each problem is one lane of a batch, and all lanes read the features in the same two products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from w2s_jax.errors import UserError
+from w2s_jax.probes import lbfgs
+from w2s_jax.probes.rows import Rows
+
+FLATTEST = 1e-6  # mean curvature below which the coordinates are not chosen again
+GRID = tuple(10.0**e for e in range(-5, 3))  # penalties tried, in units of the features' mean variance
+TOLERANCE = 1e-5  # norm of the gradient in z at which a fit has converged; the curvature there is at most about 1
+ROUGH = 1e-3  # the same for cross-validation: the held-out loss is then right to about 1e-6 / curvature
+ITERATIONS = 1000
+CV_ITERATIONS = 200
+SAMPLE = 4  # times the number of features: rows that the covariance is taken from
+HIGHEST = jax.lax.Precision.HIGHEST
+CURVATURE = {"logistic": 0.25, "linear": 2.0}  # the loss's second derivative in the score, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """score(x) = (x - mean) . weights + bias."""
+
+    mean: np.ndarray
+    weights: np.ndarray
+    bias: float
+
+    def __call__(self, rows: Rows) -> np.ndarray:
+        """Scores, float32 `[m]`."""
+        rows.check(len(self.mean))
+        out = np.empty(rows.n, np.float32)
+        for where, block in rows.blocks():
+            out[where] = (block - self.mean) @ self.weights + np.float32(self.bias)
+        return out
+
+
+def fit(kind: str, rows: Rows, soft: np.ndarray, l2: float | None, folds: int, seed: int, groups=None) -> tuple[Linear, dict]:
+    """Fits `kind` (logistic | linear).
+
+    Args:
+        rows: features `[n, d]`. One float32 copy of them is made on the device.
+        soft: float32 `[n]`, probability of class 1.
+        l2: the penalty; None = that of `GRID` (times the features' mean variance) with the least held-out loss in cross-validation.
+        folds: of the cross-validation; `groups` (a name a row) are never divided.
+        seed: of the folds.
+
+    Returns:
+        The fit, and {l2, iterations, converged, gradient_norm, objective}; with cross-validation also
+        `cross_validation` = {l2: [...], loss: [...], standard_error: [...]}, folds, and whether l2 is at the edge of the grid.
+    """
+    if kind == "logistic" and not 0 < soft.mean(dtype=np.float64) < 1:
+        raise UserError(f"labels: every one is {soft[0]:g}; probe=logistic expected both classes, since its bias has no limit else")
+    parts = None if l2 is not None else fold_of(rows.n, folds, seed, groups)
+    mean = rows.mean()
+    basis, spectrum, whole, variance = _basis(rows, mean)
+    x, targets = _on_device(rows, mean), jnp.asarray(soft)
+    solve = functools.partial(_solve, kind, whole, x, targets, jnp.asarray(basis), jnp.asarray(spectrum))
+    start, info = np.zeros((1, rows.d + 1), np.float32), {}
+    if parts is not None:
+        grid = [float(f"{variance * value:.6g}") for value in reversed(GRID)]  # equal losses go to the larger penalty
+        lanes = [(value, fold) for value in grid for fold in range(folds)]
+        penalty, held = (jnp.asarray(column) for column in (np.array([a for a, _ in lanes], np.float32), np.array([b for _, b in lanes])))
+        out = solve(jnp.asarray(parts), penalty, held, jnp.zeros((len(lanes), rows.d + 1)), ROUGH, CV_ITERATIONS)
+        sums = np.asarray(out.held_out, np.float64).reshape(len(grid), folds)
+        counts = np.bincount(parts, minlength=folds)
+        loss = sums.sum(axis=1) / counts.sum()
+        spread = (sums / counts).std(axis=1, ddof=1) / math.sqrt(folds)
+        best = int(loss.argmin())
+        l2 = grid[best]
+        start = np.asarray(out.theta).reshape(len(grid), folds, -1)[best].mean(axis=0, keepdims=True)
+        info = {"cross_validation": {"l2": grid, "loss": loss.tolist(), "standard_error": spread.tolist()}, "folds": folds,
+                "l2_at_edge": best in (0, len(grid) - 1), "cross_validation_converged": bool(np.all(out.norm <= ROUGH))}
+    out = solve(jnp.zeros(rows.n, jnp.int32), jnp.full(1, l2, jnp.float32), jnp.full(1, -1), jnp.asarray(start), TOLERANCE, ITERATIONS)
+    theta, norm = np.asarray(out.theta[0]), float(out.norm[0])
+    info = {"l2": float(l2), "iterations": int(out.iterations[0]), "converged": norm <= TOLERANCE, "gradient_norm": norm,
+            "objective": float(out.value[0])} | info
+    return Linear(mean, theta[:-1], float(theta[-1])), info
+
+
+def fold_of(n: int, folds: int, seed: int, groups=None) -> np.ndarray:
+    """The fold of each row, int32 `[n]`: shuffled, of equal sizes up to the size of a group, no group in two folds.
+
+    Raises:
+        UserError: fewer groups than folds, or groups so unequal that a fold stays empty.
+    """
+    codes = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+    if len(codes) != n:
+        raise UserError(f"groups: {len(codes)} names, expected {n}, one a document")
+    sizes = np.bincount(codes)
+    if not 2 <= folds <= len(sizes):
+        raise UserError(f"probe_args.folds={folds}: expected 2 to {len(sizes)}, the number of {'rows' if groups is None else 'groups'}")
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    middle = np.cumsum(sizes[order]) - sizes[order] / 2
+    fold = np.empty(len(sizes), np.int32)
+    fold[order] = np.minimum(middle * folds / n, folds - 1).astype(np.int32)
+    empty = np.flatnonzero(np.bincount(fold[codes], minlength=folds) == 0)
+    if len(empty):
+        raise UserError(f"probe_args.folds={folds}: the largest group holds {sizes.max()} of {n} rows, which leaves a fold empty")
+    return fold[codes]
+
+
+# ---------------------------------------------------------------- what makes the problem round
+
+
+def _basis(rows: Rows, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool, float]:
+    """Eigenvectors `[d, r]` of the covariance, its eigenvalues `[r]`, whether all rows lie within them, the mean variance of a feature.
+
+    From at most SAMPLE * d rows, evenly spread: an estimate only makes the way to the minimum longer. With fewer rows than features
+    they come from the rows' products with each other.
+    """
+    step = max(1, rows.n // max(SAMPLE * rows.d, 1))
+    picked = np.arange(0, rows.n, step)
+    size = rows.size
+    blocks = [picked[i : i + size] for i in range(0, len(picked), size)]
+    if len(picked) < rows.d:
+        sample = rows[picked] - mean
+        gram = np.array(_product(sample, sample.T))
+    else:
+        gram = np.zeros((rows.d, rows.d), np.float32)
+        for ids in blocks:
+            block = rows[ids] - mean
+            gram += np.asarray(_product(block.T, block))
+    gram /= len(picked)
+    values, vectors = (np.array(part) for part in jnp.linalg.eigh(gram))
+    variance = float(np.trace(gram, dtype=np.float64)) / rows.d
+    good = values > 1e-6 * max(values[-1], 1e-30)  # below that float32 gives noise, in the vectors too
+    values, vectors = values[good], vectors[:, good]
+    if len(picked) < rows.d:
+        vectors = np.asarray(_product(sample.T, vectors)) / np.sqrt(values * len(picked))
+    # With fewer rows than features the weights are a combination of the rows, whatever the penalty: no other direction is needed.
+    whole = len(picked) < rows.d and np.count_nonzero(good) >= len(picked) - 1
+    return vectors, values, whole, variance or 1.0
+
+
+@jax.jit
+def _product(a, b):
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def _on_device(rows: Rows, mean: np.ndarray) -> jax.Array:
+    """The centred features on the device. On a CPU the device takes over the very array, if it is aligned as XLA wants it."""
+    raw = np.empty(4 * rows.n * rows.d + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    out = raw[begin : begin + 4 * rows.n * rows.d].view(np.float32).reshape(rows.n, rows.d)
+    for where, block in rows.blocks():
+        np.subtract(block, mean, out=out[where])
+    return jax.device_put(out, may_alias=True)
+
+
+# ---------------------------------------------------------------- the minimiser
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("theta", "value", "norm", "iterations", "held_out"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """Of each lane: weights and bias `[lanes, d + 1]`, objective, norm of the gradient in z, updates, summed held-out loss."""
+
+    theta: jax.Array
+    value: jax.Array
+    norm: jax.Array
+    iterations: jax.Array
+    held_out: jax.Array
+
+
+def _loss(kind: str, score, target):
+    if kind == "linear":
+        return jnp.square(score - target)
+    # Not softplus(score) - target * score: the difference of two large numbers would hide the loss of a well fitted row.
+    return target * jax.nn.softplus(-score) + (1 - target) * jax.nn.softplus(score)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "whole", "iterations"))
+def _solve(kind: str, whole: bool, x, targets, basis, spectrum, parts, penalty, held, start, tolerance, iterations: int) -> Solution:
+    """Minimises every lane's objective from `start`.
+
+    Args:
+        x: `[n, d]`, centred. targets: `[n]`. basis: `[d, r]`, spectrum: `[r]`, see `_basis`.
+        parts: int `[n]`, the fold of each row. penalty, held: `[lanes]`, l2 and the fold that is left out (-1: none).
+        start: `[lanes, d + 1]`. tolerance: of the gradient's norm in z.
+    """
+    d = x.shape[1]
+
+    def lane(penalty, held, start):
+        train = (parts != held).astype(jnp.float32)
+        count = jnp.sum(train)
+        def score_of(theta):
+            return jnp.matmul(x, theta[:d], precision=HIGHEST) + theta[d]
+
+        def stretch(z, curvature, back=False):
+            """M z, or the inverse of M; the last entry is the bias."""
+            scale = jax.lax.rsqrt(curvature * spectrum + 2 * penalty)
+            rest = 0.0 if whole else jax.lax.rsqrt(2 * penalty)  # of the directions outside of the basis
+            if back:
+                scale, rest = 1 / scale, 0.0 if whole else 1 / rest
+            part = jnp.matmul(z[:d], basis, precision=HIGHEST)
+            inner = rest * z[:d] + jnp.matmul(basis, (scale - rest) * part, precision=HIGHEST)
+            return jnp.append(inner, z[d] * (jnp.sqrt(curvature) if back else jax.lax.rsqrt(curvature)))
+
+        def descend(theta, curvature, left):
+            """L-BFGS in the coordinates of one curvature."""
+
+            def objective(z):
+                theta = stretch(z, curvature)
+                losses = _loss(kind, score_of(theta), targets)
+                return jnp.sum(train * losses) / count + penalty * jnp.sum(jnp.square(theta[:d]))
+
+            z, norm, taken = lbfgs.minimise(objective, stretch(theta, curvature, back=True), tolerance, left)
+            return stretch(z, curvature), taken, norm
+
+        def another(carry):
+            _, curvature, actual, step, _ = carry
+            return (actual < curvature / 2) & (step < iterations)
+
+        def round_(carry):
+            theta, _, curvature, step, _ = carry
+            theta, taken, norm = descend(theta, curvature, iterations - step)
+            actual = curvature
+            if kind == "logistic":  # well fitted rows hardly bend the loss: then the coordinates are chosen again
+                p = jax.nn.sigmoid(score_of(theta))
+                actual = jnp.maximum(jnp.sum(train * p * (1 - p)) / count, FLATTEST)
+            return theta, curvature, actual, step + taken, norm
+
+        most = jnp.float32(CURVATURE[kind])
+        theta, _, _, step, norm = jax.lax.while_loop(another, round_, (start, 4 * most, most, 0, jnp.inf))
+        losses = _loss(kind, score_of(theta), targets)
+        value = jnp.sum(train * losses) / count + penalty * jnp.sum(jnp.square(theta[:d]))
+        return Solution(theta, value, norm, step, jnp.sum((1 - train) * losses))
+
+    return jax.vmap(lane)(penalty, held, start)

@@ -1,0 +1,75 @@
+"""Feature matrices in blocks of rows, whatever holds them: numpy, jax or a file that is mapped into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from w2s_jax.errors import UserError
+
+BLOCK_BYTES = 2**26  # a block of rows in float32: 64 MiB
+BLOCK_ROWS = 4096
+
+
+class Rows:
+    """Features `[n, d]`, read as float32 blocks; nothing but the block at hand is copied.
+
+    Raises:
+        UserError: not a matrix of numbers, or empty.
+    """
+
+    def __init__(self, features, name: str = "features"):
+        array = features if isinstance(features, np.ndarray) else np.asarray(features)
+        # jax's bfloat16 is of kind V for numpy
+        if array.ndim != 2 or 0 in array.shape or not (array.dtype.kind in "fiu" or array.dtype.name == "bfloat16"):
+            raise UserError(f"{name}: {array.dtype} {list(array.shape)}, expected numbers [documents, features], none of the two 0")
+        self.array, self.name = array, name
+        self.n, self.d = array.shape
+
+    def __len__(self) -> int:
+        return self.n
+
+    @property
+    def size(self) -> int:
+        """Rows in a block: a power of two, within `BLOCK_BYTES` and `BLOCK_ROWS`."""
+        fits = max(BLOCK_BYTES // (4 * self.d), 8)
+        return min(2 ** (fits.bit_length() - 1), BLOCK_ROWS, 1 << (self.n - 1).bit_length())
+
+    def __getitem__(self, rows) -> np.ndarray:
+        """Some rows in float32: a slice, or indices."""
+        return np.asarray(self.array[rows], np.float32)
+
+    def padded(self, start: int, size: int) -> np.ndarray:
+        """Rows `start` to `start + size`; zeros stand where there are none."""
+        block = self[start : start + size]
+        return block if len(block) == size else np.pad(block, ((0, size - len(block)), (0, 0)))
+
+    def blocks(self, size: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields (where, float32 rows)."""
+        size = size or self.size
+        for start in range(0, self.n, size):
+            where = slice(start, min(start + size, self.n))
+            yield where, self[where]
+
+    def mean(self) -> np.ndarray:
+        """Mean row, float32 `[d]`, summed in double. Checks all rows on the way.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        total = np.zeros(self.d)
+        for where, block in self.blocks():
+            sums = block.sum(axis=0, dtype=np.float64)
+            if not np.isfinite(sums).all():
+                bad = ~np.isfinite(block).all(axis=1)
+                if bad.any():
+                    raise UserError(f"{self.name}: row {where.start + int(bad.argmax())} is not finite, expected finite numbers")
+            total += sums
+        return (total / self.n).astype(np.float32)
+
+    def check(self, width: int) -> None:
+        """UserError where rows are not as wide as those of the fit, or not finite."""
+        if self.d != width:
+            raise UserError(f"{self.name}: {self.d} features, expected {width} as in the fit")
+        self.mean()
