@@ -279,7 +279,7 @@ def test_zero_shot_labels_train_a_student_and_a_prompt_is_compared(model, task, 
     report = tiny.set_keys(shipped("report", "runlocal"), weak=str(tmp_path / "weak"), ceiling=str(tmp_path / "ceiling"),
                            student=str(tmp_path / "zero"))
     found = stages.run(report, str(tmp_path / "report"))
-    assert found["rows"][0]["loss"] == "prompt-0-shot" and found["rows"][0]["n_test"] == 16
+    assert found["rows"][0]["method"] == "zero-shot" and found["rows"][0]["n_test"] == 16
 
 
 def test_the_identity_holds_what_was_asked(model, task, tmp_path):

@@ -172,14 +172,6 @@ def _opened(config) -> workload.Loaded:
     return workload.open_model(full, head="lm")
 
 
-def _recorded(config):
-    """The config as config.json keeps it: with the name under which a report shows the run in a student's place."""
-    full = config.copy_and_resolve_references()
-    with full.unlocked(), full.ignore_type():
-        full.loss = f"prompt-{config.shots}-shot"
-    return full
-
-
 def _run(config, workdir, prepared: prompts.Prepared, ident: dict, rerun: bool, start: float) -> dict:
     notes, stats = list(prepared.notes), {}
     loaded = _opened(config)
@@ -192,7 +184,7 @@ def _run(config, workdir, prepared: prompts.Prepared, ident: dict, rerun: bool, 
     if largest >= model.config.vocab:
         raise UserError(f"model={config.model}: its tokenizer gives token id {largest}, expected ids from 0 to {model.config.vocab - 1}")
     shown = prepared.shots
-    with Run.open(workdir, _recorded(config), ident, rerun=rerun) as run_:
+    with Run.open(workdir, config, ident, rerun=rerun) as run_:
         run_.start({
             "fingerprints": {"task": prepared.fingerprint}, "revision": folder.commit, "mesh": dict(loaded.mesh.shape),
             "lesser_sharding": loaded.replicated, "parents": [config.labels] if config.labels else [],
