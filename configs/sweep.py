@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.seeds = (0,)  # each repeats every run on the task; data_seed stays, so that seeds share their documents
     c.pairs = "all"  # which supervisors a model has: all (every weaker one) | adjacent (the next weaker one)
     c.s2s_rounds = 0  # strong-to-strong: so often a fresh student learns the last student's labels
+    c.s2s_losses = ()  # losses with such rounds; empty = all of them
     c.bootstrap = False  # also teach along the ladder: weak -> the next -> ... -> strong (three models or more)
     c.probes = ()  # probes on the pretrained strong model's features in the student's place: knn logistic linear mean_difference topofilter
     c.filters = ()  # probes that filter the first loss's training set, each beside a random filter of the same size

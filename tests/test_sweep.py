@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import w2s_jax
 from w2s_jax import config as config_lib
-from w2s_jax import graph, main, runlog, stages, train
+from w2s_jax import experiment, main, runlog, stages, train
+from w2s_jax import graph as graph_lib
 from w2s_jax.config import shipped
 from w2s_jax.errors import UserError
 
@@ -37,7 +38,7 @@ def sweep(models, tasks, **keys):
 
 
 def build(config, root="/nowhere"):
-    return graph.build(config, root, stages.identity)
+    return experiment.build(config, root, stages.identity)
 
 
 # --------------------------------------------------------------------------- the graph
@@ -61,7 +62,7 @@ def test_every_run_is_there_once_and_ground_truth_is_shared(ladder, tiny_task, k
         runs = {role: found.nodes[name] for role, name in pair["runs"].items()}
         weak, strong = (next(m for m in ladder if m.endswith(pair[role])) for role in ("weak", "strong"))
         for role, expected in {"weak": ("a", "", "xent", weak), "ceiling": ("b", "", "xent", strong),
-                               "student": ("b", "/nowhere/" + pair["runs"]["label"], pair["loss"], strong)}.items():
+                               "student": ("b", "/nowhere/" + pair["runs"]["label"], pair["method"], strong)}.items():
             c = runs[role].config
             assert (c.split, c.labels, c.loss, c.model) == expected and c.seed == pair["seed"]
             assert (c.stage, c.task, c.data_seed, c.batch_size) == ("finetune", str(tiny_task), 0, 8)
@@ -122,13 +123,13 @@ def test_learning_rates_belong_to_models(ladder, tiny_task):
 ], ids=str)
 def test_lists_that_do_not_fit_together(ladder, tiny_task, keys, message):
     with pytest.raises(UserError, match=f"config.{message}"):
-        graph.check(tiny.set_keys(sweep(ladder, [tiny_task]), **keys))
+        graph_lib.check(tiny.set_keys(sweep(ladder, [tiny_task]), **keys))
 
 
 @pytest.mark.parametrize("name, expected", [("gpt2", "gpt2"), ("EleutherAI/pythia-160m", "pythia_160m"), ("/x/run-1/model/", "run_1"),
                                             ("/x/my model", "my_model"), ("model", "model")])
 def test_short_names(name, expected):
-    assert graph.short(name) == expected
+    assert graph_lib.short(name) == expected
 
 
 def test_a_dry_run_prints_the_graph_and_writes_nothing(ladder, tiny_task, tmp_path, capsys):
@@ -177,10 +178,10 @@ def test_it_ends_in_a_report(finished):
     root, results = finished
     text = (root / "report/report.md").read_text()
     for pair in results["pairs"]:
-        assert pair["loss"] in text
+        assert pair["method"] in text
     with open(root / "report/table.csv") as file:
         table = list(csv.DictReader(file))
-    assert {(row["loss"], row["metric"]) for row in table} == set(itertools.product(("xent", "logconf"), ("accuracy", "auroc")))
+    assert {(row["method"], row["metric"]) for row in table} == set(itertools.product(("xent", "logconf"), ("accuracy", "auroc")))
     ceiling = w2s_jax.load(root / results["pairs"][0]["runs"]["ceiling"]).results["accuracy"]
     assert {float(row["ceiling"]) for row in table if row["metric"] == "accuracy"} == {ceiling}
 

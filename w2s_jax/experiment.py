@@ -130,7 +130,8 @@ class _Task:
         for loss in config.losses:
             student = self._student(name, s, seed, loss, labels)
             row(loss, student)
-            self._rounds(name, s, seed, loss, student, labels, row)
+            if loss in (config.s2s_losses or config.losses):
+                self._rounds(name, s, seed, loss, student, labels, row)
             if config.bootstrap and s - w > 1:
                 chain = labels
                 for m in range(w + 1, s):
@@ -164,18 +165,19 @@ class _Task:
             row(f"{loss} s2s {number}", student, labels)
 
     def _ensembles(self, s: int, weaker: list[int], seed: int) -> None:
-        """Students of several supervisors at once: of one model's seeds, or of all weaker models."""
+        """Students of several supervisors at once: of one model's seeds, compared with the one of this seed, or of all weaker
+        models, compared with the strongest of them."""
         config = self.config
         if config.members == "seeds":
-            groups = {f"{self.names[w]} x{len(config.seeds)}": [(w, other) for other in config.seeds] for w in weaker}
+            groups = {w: [(w, other) for other in config.seeds] for w in weaker}
         else:
-            groups = {"+".join(self.names[w] for w in weaker): [(w, seed) for w in weaker]} if len(weaker) > 1 else {}
-        for name, members in groups.items():
+            groups = {weaker[-1]: [(w, seed) for w in weaker]} if len(weaker) > 1 else {}
+        for w, members in groups.items():
             labelled = [self.labelled[member] for member in members]
+            name = f"{self.names[w]}_x{len(members)}" if config.members == "seeds" else "_".join(self.names[w] for w in weaker)
             for how in config.ensembles:
                 made = variant(config_lib.shipped("ensemble"), runs=tuple(map(self.graph.path, labelled)), how=how)
-                file = short(name.replace("+", "_"))
-                run = self._add(f"{file}-{how}", members[0][1], made, labelled)
+                run = self._add(f"{name}-{how}", members[0][1], made, labelled)
                 for loss in config.losses:
-                    student = self._student(f"{file}_{how}", s, seed, loss, run)
-                    self._pair(f"{name} {how}", s, seed, loss, student, run, run)
+                    student = self._student(f"{name}_{how}", s, seed, loss, run)
+                    self._pair(self.names[w], s, seed, f"{loss} ensemble {how}", student, self.weak[w, seed], run)

@@ -82,7 +82,7 @@ def variant(base, **values):
     return out.lock()
 
 
-LISTS = ("tasks", "losses", "seeds", "probes", "filters", "relabels", "ensembles", "floors")
+LISTS = ("tasks", "losses", "seeds", "s2s_losses", "probes", "filters", "relabels", "ensembles", "floors")
 
 
 def check(config) -> None:
@@ -105,6 +105,8 @@ def check(config) -> None:
         raise UserError(f"config.learning_rates: {tuple(config.learning_rates)}, expected one for each of {len(ladder)} models, or none")
     if config.pairs not in ("all", "adjacent"):
         raise UserError(f"config.pairs: {config.pairs!r}, expected all or adjacent")
+    if surplus := [loss for loss in config.s2s_losses if loss not in config.losses]:
+        raise UserError(f"config.s2s_losses: {surplus[0]!r} is none of config.losses {tuple(config.losses)}")
     if config.bootstrap and len(ladder) < 3:
         raise UserError(f"config.bootstrap: True, but {tuple(ladder)} has no model between the ends, expected three models or more")
     if config.bootstrap and config.pairs == "adjacent":
