@@ -101,6 +101,14 @@ BAD = {
     "missing corpus": ("--config=pretrain W --config.corpus=/nowhere", "config.corpus: '/nowhere', no such file or folder"),
     "missing tokenizer": ("--config=pretrain W --config.tokenizer=./nowhere", "config.tokenizer: './nowhere', no such folder"),
     "rung": ("--config=pretrain:huge W", "':huge'"),
+    "ensemble of one run": ("--config=ensemble W --config.runs=/", "config.runs: ('/',), expected two or more different label run"),
+    "ensemble of no runs": ("--config=ensemble W --config.runs=/,/nowhere", "config.runs: '/' is not a run directory"),
+    "unknown way to combine": ("--config=ensemble W --config.how=means", "config.how: 'means', expected one of mean, vote, disagreement"),
+    "part of an ensemble": ("--config=ensemble W --config.split=test", "config.split: 'test', expected one of b, a, train, val"),
+    "template without an answer": ("--config=prompt W --config.template={text}?", "config.template: '{text}?', expected {text} once and"),
+    "one answer": ("--config=prompt W --config.answers=Yes,", "config.answers: ('Yes',), expected two different texts"),
+    "answers of a head that has none": ("F W --config.answers=No,Yes", "is set, but config.head_init='zeros' has no use for answers"),
+    "readout of an unembedding": ("F W --config.head_init=unembedding --config.readout=mean", "config.readout: 'mean', expected auto"),
     "status of nothing": ("status", 'status: expected one directory'),
     "status of a missing root": ("status /nowhere", '/nowhere: no such directory'),
     "missing flagfile": ("--flagfile=/nowhere", '/nowhere'),
@@ -242,6 +250,10 @@ def test_every_shipped_config_takes_runlocal_and_passes_its_checks(name, tmp_pat
             for key in ("run", "root"):
                 if key in config:
                     config[key] = str(tmp_path / "runs" / "runlocal" / "model")  # it has a config.json
+            if "runs" in config:
+                (tmp_path / "other").mkdir(exist_ok=True)
+                (tmp_path / "other" / "config.json").write_text("{}")
+                config.runs = (str(tmp_path / "runs" / "runlocal" / "model"), str(tmp_path / "other"))
         checks.check(config)
     with pytest.raises(UserError, match=":no-such-argument"):
         configs.load(name, "no-such-argument")

@@ -2,7 +2,7 @@
 
 Templates of the registered tasks follow their texts (tasks.py): where a text ends in a yes/no question, or in "A:", the answer follows
 at once; where it shows a question with an answer, the template asks whether that is correct; sentiment is asked for as in Zhao et
-al. 2021 (arXiv 2102.09690, table 5).
+al. 2021 (arXiv 2102.09690).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from w2s_jax.errors import UserError
 
 SHOTS = 0x5407  # the random stream of the choice of shots
 BETWEEN = "\n\n"  # what stands between shots
-CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 4
+CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021
 
 
 class Style(NamedTuple):

@@ -13,9 +13,9 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import graph, outcomes, runlog
-from w2s_jax.comparison import Predictions, read_predictions
 from w2s_jax.errors import UserError
 from w2s_jax.files import plain
+from w2s_jax.predictions import Predictions, read_predictions
 from w2s_jax.progress import say
 from w2s_jax.runlog import Run
 
@@ -148,9 +148,7 @@ def _together(predictions: list[Predictions], names: list[str], what: str) -> _S
                             "n_test, max_length and overlong must be the same)")
         if p.logits.shape[1] != first.logits.shape[1]:
             raise UserError(f"runs: {what} of {name} have {p.logits.shape[1]} classes, those of {names[0]} {first.logits.shape[1]}")
-        logits = p.logits[[row[i] for i in first.ids]].astype(np.float64)
-        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probs.append(exp / exp.sum(axis=1, keepdims=True))
+        probs.append(p.select(np.array([row[i] for i in first.ids])).probs)
     return _Set(first.ids, first.shas, first.labels, first.groups, np.stack(probs))
 
 
@@ -158,12 +156,12 @@ def _together(predictions: list[Predictions], names: list[str], what: str) -> _S
 
 
 def _recorded(config, found: list[Member]):
-    """The config as config.json keeps it: also what a report asks of a supervisor (task, model, loss, seed)."""
+    """The config as config.json keeps it: also what a report asks of a supervisor (task, model, seed)."""
     full = config.copy_and_resolve_references()
     models = list(dict.fromkeys(m.supervisor.config.model for m in found))
     seeds = [m.supervisor.config.seed for m in found]
     with full.unlocked(), full.ignore_type():
-        full.task, full.loss = found[0].supervisor.config.task, f"ensemble_{config.how}"
+        full.task = found[0].supervisor.config.task
         full.model = models[0] if len(models) == 1 else "+".join(graph.short(m) for m in models)
         full.seed, full.seeds = min(seeds), tuple(seeds)
     return full

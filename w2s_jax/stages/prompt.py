@@ -172,14 +172,6 @@ def _opened(config) -> workload.Loaded:
     return workload.open_model(full, head="lm")
 
 
-def _recorded(config):
-    """The config as config.json keeps it: with the name under which a report shows the run in a student's place."""
-    full = config.copy_and_resolve_references()
-    with full.unlocked(), full.ignore_type():
-        full.loss = f"prompt-{config.shots}-shot"
-    return full
-
-
 def _run(config, workdir, prepared: prompts.Prepared, ident: dict, rerun: bool, start: float) -> dict:
     notes, stats = list(prepared.notes), {}
     loaded = _opened(config)
@@ -187,11 +179,12 @@ def _run(config, workdir, prepared: prompts.Prepared, ident: dict, rerun: bool, 
     limits = workload.Limits(config.max_length, model.config.max_positions, config.overlong)
     documents, asked, used, counts = _fitting(config, prepared, folder, limits, notes)
     free = _content_free(config, prepared, folder, used, limits) if config.calibrate == "content_free" else {}
-    largest = max(int(ids.max()) for prompt in asked for ids in prompt.sequences)
+    every = asked + [prompt for rows in free.values() for prompt in rows]
+    largest = max(int(ids.max()) for prompt in every for ids in prompt.sequences)
     if largest >= model.config.vocab:
         raise UserError(f"model={config.model}: its tokenizer gives token id {largest}, expected ids from 0 to {model.config.vocab - 1}")
     shown = prepared.shots
-    with Run.open(workdir, _recorded(config), ident, rerun=rerun) as run_:
+    with Run.open(workdir, config, ident, rerun=rerun) as run_:
         run_.start({
             "fingerprints": {"task": prepared.fingerprint}, "revision": folder.commit, "mesh": dict(loaded.mesh.shape),
             "lesser_sharding": loaded.replicated, "parents": [config.labels] if config.labels else [],
@@ -204,7 +197,6 @@ def _run(config, workdir, prepared: prompts.Prepared, ident: dict, rerun: bool, 
             f"{len(asked)} prompts of {np.mean([p.length for p in asked]):.1f} tokens, answers {', '.join(map(repr, config.answers))} "
             f"of {' or '.join(f'{a} and {b}' for a, b in lengths)} tokens")
         passed = time.perf_counter()
-        every = asked + [p for rows in free.values() for p in rows]
         logp = answer_logp(model, loaded.params, every, loaded.mesh, config, stats, label=f"prompt {config.split}")
         passed = time.perf_counter() - passed
         ends = np.cumsum([len(asked), *map(len, free.values())])
