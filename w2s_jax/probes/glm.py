@@ -19,6 +19,7 @@ import numpy as np
 from w2s_jax.errors import UserError
 from w2s_jax.probes import lbfgs
 from w2s_jax.probes.rows import Rows
+from w2s_jax.progress import say
 
 FLATTEST = 1e-6  # mean curvature below which the coordinates are not chosen again
 GRID = tuple(10.0**e for e in range(-5, 3))  # penalties tried, in units of the features' mean variance
@@ -88,6 +89,9 @@ def fit(kind: str, rows: Rows, soft: np.ndarray, l2: float | None, folds: int, s
     theta, norm = np.asarray(out.theta[0]), float(out.norm[0])
     info = {"l2": float(l2), "iterations": int(out.iterations[0]), "converged": norm <= TOLERANCE, "gradient_norm": norm,
             "objective": float(out.value[0])} | info
+    if not info["converged"]:
+        say(f"probe={kind}: not converged after {info['iterations']} iterations at l2={l2:g}: the gradient is {norm:.2g}, "
+            f"expected at most {TOLERANCE:g}")
     return Linear(mean, theta[:-1], float(theta[-1])), info
 
 
