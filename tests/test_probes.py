@@ -190,7 +190,8 @@ def test_folds_keep_groups_together():
     groups = np.random.default_rng(0).integers(40, size=300).astype(str)
     fold = glm.fold_of(300, 5, 1, groups)
     assert all(len(set(fold[groups == name])) == 1 for name in set(groups))
-    assert np.bincount(fold).min() >= 45 and len(np.bincount(fold)) == 5
+    assert np.bincount(fold, minlength=5).min() >= 58
+    assert sorted(np.bincount(glm.fold_of(12, 3, 0, [*"aaaaaaaaaabc"]))) == [1, 1, 10]
     assert sorted(np.bincount(glm.fold_of(103, 5, 0))) == [20, 20, 21, 21, 21]
     assert (glm.fold_of(300, 5, 2, groups) != fold).any()
 
@@ -351,5 +352,3 @@ def test_bad_queries():
         probes.fit("linear", {}, X, S, groups=["a", "b"])
     with pytest.raises(UserError, match="folds=3: expected 2 to 2, the number of groups"):
         probes.fit("linear", {"folds": 3}, X, S, groups=[*"aaaaab"])
-    with pytest.raises(UserError, match="folds=3: the largest group holds 10 of 12 rows"):
-        glm.fold_of(12, 3, 0, [*"aaaaaaaaaabc"])
