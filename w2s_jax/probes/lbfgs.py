@@ -16,7 +16,7 @@ import jax.numpy as jnp
 MEMORY = 10  # pairs kept
 DECREASE = 1e-4  # Armijo's constant
 ROUNDING = 1e-6  # relative error of a value: within it the slope decides, as in Hager & Zhang 2005, eq. 4.1
-PATIENCE = 50  # evaluations without progress after which it ends: what is left is rounding
+PATIENCE = 20  # evaluations without progress after which it ends: what is left is rounding
 SHORTEST = 1e-4  # steps below this start anew from the steepest descent, and end there
 
 
