@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 import math
 
 import jax
@@ -19,14 +20,18 @@ import numpy as np
 from w2s_jax.errors import UserError
 from w2s_jax.probes import lbfgs
 from w2s_jax.probes.rows import Rows
+from w2s_jax.progress import say
 
 FLATTEST = 1e-6  # mean curvature below which the coordinates are not chosen again
 GRID = tuple(10.0**e for e in range(-5, 3))  # penalties tried, in units of the features' mean variance
 TOLERANCE = 1e-5  # norm of the gradient in z at which a fit has converged; the curvature there is at most about 1
+AIM = 2e-6  # where it stops trying; float32 may show no way from TOLERANCE down to this
 ROUGH = 1e-3  # the same for cross-validation: the held-out loss is then right to about 1e-6 / curvature
 ITERATIONS = 1000
 CV_ITERATIONS = 200
 SAMPLE = 4  # times the number of features: rows that the covariance is taken from
+LONG = 1e8  # numbers in the features from which on it says what it is doing
+TINY = np.finfo(np.float32).tiny
 HIGHEST = jax.lax.Precision.HIGHEST
 CURVATURE = {"logistic": 0.25, "linear": 2.0}  # the loss's second derivative in the score, at most
 
@@ -66,6 +71,8 @@ def fit(kind: str, rows: Rows, soft: np.ndarray, l2: float | None, folds: int, s
         raise UserError(f"labels: every one is {soft[0]:g}; probe=logistic expected both classes, since its bias has no limit else")
     parts = None if l2 is not None else fold_of(rows.n, folds, seed, groups)
     mean = rows.mean()
+    if rows.n * rows.d > LONG:
+        say(f"probe={kind}: the features' covariance [{rows.d}, {rows.d}], then the fit to {rows.n} rows")
     basis, spectrum, whole, variance = _basis(rows, mean)
     x, targets = _on_device(rows, mean), jnp.asarray(soft)
     solve = functools.partial(_solve, kind, whole, x, targets, jnp.asarray(basis), jnp.asarray(spectrum))
@@ -74,6 +81,8 @@ def fit(kind: str, rows: Rows, soft: np.ndarray, l2: float | None, folds: int, s
         grid = [float(f"{variance * value:.6g}") for value in reversed(GRID)]  # equal losses go to the larger penalty
         lanes = [(value, fold) for value in grid for fold in range(folds)]
         penalty, held = (jnp.asarray(column) for column in (np.array([a for a, _ in lanes], np.float32), np.array([b for _, b in lanes])))
+        if rows.n * rows.d > LONG:
+            say(f"probe={kind}: {len(lanes)} fits of the cross-validation at once")
         out = solve(jnp.asarray(parts), penalty, held, jnp.zeros((len(lanes), rows.d + 1)), ROUGH, CV_ITERATIONS)
         sums = np.asarray(out.held_out, np.float64).reshape(len(grid), folds)
         counts = np.bincount(parts, minlength=folds)
@@ -84,18 +93,21 @@ def fit(kind: str, rows: Rows, soft: np.ndarray, l2: float | None, folds: int, s
         start = np.asarray(out.theta).reshape(len(grid), folds, -1)[best].mean(axis=0, keepdims=True)
         info = {"cross_validation": {"l2": grid, "loss": loss.tolist(), "standard_error": spread.tolist()}, "folds": folds,
                 "l2_at_edge": best in (0, len(grid) - 1), "cross_validation_converged": bool(np.all(out.norm <= ROUGH))}
-    out = solve(jnp.zeros(rows.n, jnp.int32), jnp.full(1, l2, jnp.float32), jnp.full(1, -1), jnp.asarray(start), TOLERANCE, ITERATIONS)
+    out = solve(jnp.zeros(rows.n, jnp.int32), jnp.full(1, l2, jnp.float32), jnp.full(1, -1), jnp.asarray(start), AIM, ITERATIONS)
     theta, norm = np.asarray(out.theta[0]), float(out.norm[0])
     info = {"l2": float(l2), "iterations": int(out.iterations[0]), "converged": norm <= TOLERANCE, "gradient_norm": norm,
             "objective": float(out.value[0])} | info
+    if not info["converged"]:
+        say(f"probe={kind}: not converged after {info['iterations']} iterations at l2={l2:g}: the gradient is {norm:.2g}, "
+            f"expected at most {TOLERANCE:g}")
     return Linear(mean, theta[:-1], float(theta[-1])), info
 
 
 def fold_of(n: int, folds: int, seed: int, groups=None) -> np.ndarray:
-    """The fold of each row, int32 `[n]`: shuffled, of equal sizes up to the size of a group, no group in two folds.
+    """The fold of each row, int32 `[n]`: no group in two folds, no fold empty, their sizes as equal as the groups allow.
 
     Raises:
-        UserError: fewer groups than folds, or groups so unequal that a fold stays empty.
+        UserError: fewer groups than folds.
     """
     codes = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
     if len(codes) != n:
@@ -104,13 +116,14 @@ def fold_of(n: int, folds: int, seed: int, groups=None) -> np.ndarray:
     if not 2 <= folds <= len(sizes):
         raise UserError(f"probe_args.folds={folds}: expected 2 to {len(sizes)}, the number of {'rows' if groups is None else 'groups'}")
     order = np.random.default_rng(seed).permutation(len(sizes))
-    middle = np.cumsum(sizes[order]) - sizes[order] / 2
-    fold = np.empty(len(sizes), np.int32)
-    fold[order] = np.minimum(middle * folds / n, folds - 1).astype(np.int32)
-    empty = np.flatnonzero(np.bincount(fold[codes], minlength=folds) == 0)
-    if len(empty):
-        raise UserError(f"probe_args.folds={folds}: the largest group holds {sizes.max()} of {n} rows, which leaves a fold empty")
-    return fold[codes]
+    order = order[np.argsort(-sizes[order], kind="stable")]  # the largest first, each to the fold with the fewest rows
+    filled = [(0, fold) for fold in range(folds)]
+    of_group = np.empty(len(sizes), np.int32)
+    for group in order:
+        rows, fold = filled[0]
+        of_group[group] = fold
+        heapq.heapreplace(filled, (rows + int(sizes[group]), fold))
+    return of_group[codes]
 
 
 # ---------------------------------------------------------------- what makes the problem round
@@ -122,28 +135,23 @@ def _basis(rows: Rows, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool, 
     From at most SAMPLE * d rows, evenly spread: an estimate only makes the way to the minimum longer. With fewer rows than features
     they come from the rows' products with each other.
     """
-    step = max(1, rows.n // max(SAMPLE * rows.d, 1))
-    picked = np.arange(0, rows.n, step)
-    size = rows.size
-    blocks = [picked[i : i + size] for i in range(0, len(picked), size)]
-    if len(picked) < rows.d:
-        sample = rows[picked] - mean
-        gram = np.array(_product(sample, sample.T))
-    else:
-        gram = np.zeros((rows.d, rows.d), np.float32)
-        for ids in blocks:
-            block = rows[ids] - mean
-            gram += np.asarray(_product(block.T, block))
+    if rows.n < rows.d:
+        # In double, so that what is not exactly 0 is found: the weights are a combination of the rows, whatever the penalty.
+        centred = rows[:].astype(np.float64) - mean
+        gram = centred @ centred.T / rows.n
+        values, vectors = np.linalg.eigh(gram)
+        good = values > 1e-12 * max(values[-1], TINY)
+        values, vectors = values[good], centred.T @ vectors[:, good] / np.sqrt(values[good] * rows.n)
+        return vectors.astype(np.float32), values.astype(np.float32), True, float(np.trace(gram)) / rows.d or 1.0
+    picked = np.arange(0, rows.n, max(1, rows.n // (SAMPLE * rows.d)))
+    gram = np.zeros((rows.d, rows.d), np.float32)
+    for start in range(0, len(picked), rows.size):
+        block = rows[picked[start : start + rows.size]] - mean
+        gram += np.asarray(_product(block.T, block))
     gram /= len(picked)
-    values, vectors = (np.array(part) for part in jnp.linalg.eigh(gram))
-    variance = float(np.trace(gram, dtype=np.float64)) / rows.d
-    good = values > 1e-6 * max(values[-1], 1e-30)  # below that float32 gives noise, in the vectors too
-    values, vectors = values[good], vectors[:, good]
-    if len(picked) < rows.d:
-        vectors = np.asarray(_product(sample.T, vectors)) / np.sqrt(values * len(picked))
-    # With fewer rows than features the weights are a combination of the rows, whatever the penalty: no other direction is needed.
-    whole = len(picked) < rows.d and np.count_nonzero(good) >= len(picked) - 1
-    return vectors, values, whole, variance or 1.0
+    values, vectors = (np.asarray(part) for part in jnp.linalg.eigh(gram))
+    good = values > 1e-6 * max(values[-1], TINY)  # below that float32 gives noise
+    return vectors[:, good], values[good], False, float(np.trace(gram, dtype=np.float64)) / rows.d or 1.0
 
 
 @jax.jit

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 MEMORY = 10  # pairs kept
 DECREASE = 1e-4  # Armijo's constant
 ROUNDING = 1e-6  # relative error of a value: within it the slope decides, as in Hager & Zhang 2005, eq. 4.1
+PATIENCE = 20  # evaluations without progress after which it ends: what is left is rounding
 SHORTEST = 1e-4  # steps below this start anew from the steepest descent, and end there
 
 
@@ -30,6 +31,7 @@ class State(NamedTuple):
     inverse: jax.Array  # [MEMORY], 1 / (move . change), 0 where there is none
     evaluations: jax.Array
     stuck: jax.Array
+    mark: jax.Array  # [3]: value, gradient's norm and evaluations when there was progress last
 
 
 def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -40,8 +42,8 @@ def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tu
         evaluations: of value and gradient, at most.
 
     Returns:
-        The point, the gradient's norm there, and how many evaluations it took. Where no step leads further down in float32, it
-        stops with a larger norm.
+        The point, the gradient's norm there, and how many evaluations it took. Where float32 shows no way further down, it stops
+        with a larger norm.
     """
     value_and_grad = jax.value_and_grad(function)
     dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
@@ -82,7 +84,7 @@ def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tu
         direction = direction_of(gradient, moves, changes, inverse)
         downhill = dot(direction, gradient) < 0
         accepted = State(point, value, gradient, jnp.where(downhill, direction, -gradient), jnp.float32(1), moves, changes,
-                         jnp.where(downhill, inverse, 0.0), state.evaluations + 1, jnp.bool_(False))
+                         jnp.where(downhill, inverse, 0.0), state.evaluations + 1, jnp.bool_(False), state.mark)
 
         # The minimum of the parabola through value, slope and the trial's value, but between a tenth and a half.
         parabola = -slope * state.step**2 / (2 * (value - state.value - slope * state.step))
@@ -92,7 +94,11 @@ def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tu
         refused = state._replace(
             direction=jnp.where(anew, -state.gradient, state.direction), step=jnp.where(anew, 1.0, shorter),
             inverse=jnp.where(anew, 0.0, state.inverse), evaluations=state.evaluations + 1, stuck=tired & ~anew)
-        return jax.tree.map(lambda a, b: jnp.where(taken, a, b), accepted, refused)
+        state = jax.tree.map(lambda a, b: jnp.where(taken, a, b), accepted, refused)
+        now = jnp.stack([state.value, jnp.linalg.norm(state.gradient), state.evaluations.astype(jnp.float32)])
+        better = (now[0] < state.mark[0] - ROUNDING * jnp.abs(state.mark[0])) | (now[1] < 0.9 * state.mark[1])
+        mark = jnp.where(better, now, state.mark)
+        return state._replace(mark=mark, stuck=state.stuck | (now[2] - mark[2] >= PATIENCE))
 
     def unfinished(state: State):
         far = (state.evaluations == 0) | (jnp.linalg.norm(state.gradient) > tolerance)
@@ -100,6 +106,6 @@ def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tu
 
     zeros, history = jnp.zeros_like(start), jnp.zeros((MEMORY, *start.shape), start.dtype)
     state = State(start, jnp.float32(jnp.inf), zeros, zeros, jnp.float32(1), history, history, jnp.zeros(MEMORY, start.dtype),
-                  jnp.int32(0), jnp.bool_(False))
+                  jnp.int32(0), jnp.bool_(False), jnp.array([jnp.inf, jnp.inf, 0], jnp.float32))
     state = jax.lax.while_loop(unfinished, turn, state)
     return state.point, jnp.linalg.norm(state.gradient), state.evaluations

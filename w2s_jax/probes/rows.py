@@ -32,9 +32,12 @@ class Rows:
 
     @property
     def size(self) -> int:
-        """Rows in a block: a power of two, within `BLOCK_BYTES` and `BLOCK_ROWS`."""
-        fits = max(BLOCK_BYTES // (4 * self.d), 8)
-        return min(2 ** (fits.bit_length() - 1), BLOCK_ROWS, 1 << (self.n - 1).bit_length())
+        """Rows in a block, within `BLOCK_BYTES` and `BLOCK_ROWS`: blocks of one size that fill the matrix with little padding."""
+        most = max(min(BLOCK_BYTES // (4 * self.d), BLOCK_ROWS), 8)
+        if self.n <= most:
+            return min(1 << (self.n - 1).bit_length(), most)  # powers of two: few shapes to compile
+        even = -(-self.n // -(-self.n // most))
+        return min(-(-even // 64) * 64, most)
 
     def __getitem__(self, rows) -> np.ndarray:
         """Some rows in float32: a slice, or indices."""
