@@ -4,7 +4,7 @@
 
 Writes `<workdir>/model/`: config.json, safetensors, the tokenizer's files and a README.md with the lines of PyTorch that
 compute the run's logits. Where transformers has no class for what the run's head reads, the folder is the plain backbone,
-with the head in score.safetensors.
+with the head in score.safetensors. A LoRA run's adapters are merged, or written alone for PEFT with `--config.merge=False`.
 """
 
 from ml_collections import ConfigDict
@@ -14,6 +14,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.stage = "export"  # which stage of w2s_jax runs this config
     c.run = "runs/student"  # the run directory whose newest checkpoint is exported
+    c.merge = True  # of a run with adapters: add them to the matrices; False = write them alone, in PEFT's format
 
     # Running
     c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left

@@ -20,12 +20,19 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model = "gpt2"  # hub id, or a local folder in Hugging Face's format
     c.revision = ""  # branch, tag or commit of a hub model (empty = main); recorded as a commit hash
     c.dtype = "float32"  # compute: float32 | bfloat16
-    c.param_dtype = "float32"  # parameters: float32 | bfloat16
+    c.param_dtype = "float32"  # parameters: float32 | bfloat16 | auto (the checkpoint's own: bfloat16 if all of it is)
     c.matmul_precision = "default"  # default | high | highest (default may mean TF32 or bfloat16 passes on an accelerator)
     c.attention = "auto"  # auto | xla | splash (TPU) | pallas, cudnn (GPU; cudnn: one document a row)
     c.remat = "auto"  # rematerialisation: auto | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
-    c.train = "full"  # what is trained: full | head
-    c.head_init = "zeros"  # zeros | normal (0.02)
+    c.train = "full"  # what is trained: full | head | lora (low-rank adapters and the head; these are float32)
+    c.lora = ConfigDict()  # settings of train=lora; unset = the default, or that of the adapter named by init
+    c.lora.rank = placeholder(int)  # of the adapters (8)
+    c.lora.alpha = placeholder(float)  # the adapters' product is scaled by alpha/rank (8)
+    c.lora.dropout = placeholder(float)  # on the adapters' input (0)
+    c.lora.targets = placeholder(str)  # all-linear, ends of names as in the checkpoint (q_proj,v_proj), or a regex over whole names
+    c.lora.rslora = placeholder(bool)  # scale by alpha/sqrt(rank) instead (False)
+    c.lora.init = placeholder(str)  # start from this adapter: a folder in PEFT's format
+    c.head_init = "zeros"  # zeros | normal (0.02) | small (0.0002, as EleutherAI/w2s)
     c.readout = "auto"  # what the head reads: auto (a decoder's last token; as an encoder's own classifier) | last | mean | first
 
     # Data
@@ -43,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.overlong = "drop"  # over-long documents: drop | truncate | error
     c.shuffle = "once"  # order of the training documents: none (file order) | once | epoch
     c.labels = ""  # train on these labels: a label run's folder, or a parquet file; empty = ground truth
+    c.stats_labels = ""  # labels whose statistics the loss takes (window's radius "midweak"); empty = those that are trained on
 
     # Loss
     c.loss = "xent"  # xent product logconf logconf_openai logconf_eleuther entropy window kl reverse_xent reverse_kl
@@ -75,8 +83,10 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Running
     c.log_every = 1  # steps between lines of metrics.jsonl
-    c.eval_every = 0  # steps between evaluations on the validation and test documents; 0 = at the end only
+    c.eval_every = 0  # steps between evaluations on validation (and, under select=last, test) documents; 0 = at the end only
     c.eval_batch_size = 0  # documents a forward pass; 0 = by tokens
+    c.select = "last"  # step that is kept: last | val_labels (AUROC against the labels trained on) | agreement (with them) | oracle
+    c.patience = 0  # evaluations without a better score after which training stops; 0 = never
     c.checkpoint_every = 500  # steps; 0 = at the end only
     c.keep = "params"  # after the run: params | all (optimizer state too) | none
     c.steps_per_dispatch = 0  # steps in one call of the device; 0 = by the size of the model

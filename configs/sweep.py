@@ -4,7 +4,8 @@
     python -m w2s_jax.main --config=configs/sweep.py --workdir=runs/sweep --dry_run
 
 For every task and seed: each model on ground truth (half A for a supervisor, half B for a ceiling), the labels of each
-supervisor on half B, and a student for every pair and loss. Each run is made once, ground truth is shared; killed and
+supervisor on half B, and a student for every pair and loss; on request also what EleutherAI and Burns et al. compare these with
+(strong-to-strong, bootstrapping, probes, filters, ensembles, prompting). Each run is made once, ground truth is shared; killed and
 started again, the sweep goes on where it was. Ends with a report. `:quickstart` is the experiment of `launch/quickstart.sh`.
 """
 
@@ -23,9 +24,20 @@ def get_config(arg: str = "") -> ConfigDict:
     c.losses = ("xent", "logconf")  # of the students; ground truth is trained on with xent
     c.seeds = (0,)  # each repeats every run on the task; data_seed stays, so that seeds share their documents
     c.pairs = "all"  # which supervisors a model has: all (every weaker one) | adjacent (the next weaker one)
+    c.s2s_rounds = 0  # strong-to-strong: so often a fresh student learns the last student's labels
+    c.bootstrap = False  # also teach along the ladder: weak -> the next -> ... -> strong (three models or more)
+    c.probes = ()  # probes on the pretrained strong model's features in the student's place: knn logistic linear mean_difference topofilter
+    c.filters = ()  # probes that filter the first loss's training set, each beside a random filter of the same size
+    c.relabels = ()  # probes whose predictions replace the first loss's labels
+    c.ensembles = ()  # supervisors combined: mean vote disagreement
+    c.members = "seeds"  # of an ensemble: seeds (of each supervisor) | models (all weaker ones)
+    c.floors = ()  # the pretrained strong model prompted: zero_shot few_shot
+    c.shots = 5  # of few_shot
     c.report = True  # end with the report
     c.base = shipped("finetune")  # what every finetune run starts from
     c.pretrain = shipped("pretrain")  # what every pretrain run starts from
+    c.probe = shipped("probe")  # what every probe run starts from; documents and arithmetic are those of base
+    c.prompt = shipped("prompt")  # what every prompt run starts from; documents and arithmetic are those of base
 
     if arg in ("quickstart", "runlocal"):
         c.rungs = ("small", "medium", "large")

@@ -111,7 +111,8 @@ def base_model(case, folder):
 
 @pytest.mark.parametrize("case, keys", [
     *((case, {}) for case in CLASSES), ("llama", {"param_dtype": "bfloat16"}), ("roberta", {"param_dtype": "bfloat16"}),
-    ("gpt2", {"train": "head", "readout": "last"}),
+    ("gpt2", {"train": "head", "readout": "last"}), *((case, {"train": "lora"}) for case in ("gpt2", "phi3", "roberta", "qwen1")),
+    ("llama", {"train": "lora", "param_dtype": "bfloat16"}),
 ], ids=str)
 def test_transformers_class_gives_the_runs_logits(case, keys, task, tmp_path, monkeypatch, capsys):
     run = train(base_model(case, tmp_path / "base"), task, tmp_path / "run", **keys)

@@ -1,4 +1,4 @@
-"""openai/weak-to-strong's own figures, through the command line: every step's loss and the logits after training.
+"""The references' own figures, through the command line: every step's loss and the logits after training.
 
 `golden/openai/expected.json` was measured by running the reference in float32 on a tiny GPT-2. Against itself in float64 or with
 another minibatch it differs by 1e-7 in the losses and 6e-7 in the logits (Adafactor: 3e-6, 3e-5); a larger difference than the
@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from w2s_jax import main
 
@@ -62,3 +63,49 @@ def test_golden_case_in_a_process_of_its_own(shared, tmp_path, cli):
     done = cli(*flags(expected["case"], golden, tmp_path))
     assert done.returncode == 0, done.stderr
     compare(tmp_path / "run", expected)
+
+
+# --------------------------------------------------------------------------- EleutherAI/w2s
+
+
+def eleuther_flags(golden, folder, recipe: dict) -> list[str]:
+    """The reference's LoRA fine-tune: its files as a task, its initial adapters and head as a folder in PEFT's format."""
+    (folder / "task").mkdir()
+    (folder / "adapter").mkdir()
+    for split in ("train", "test"):
+        rows = [json.loads(line) for line in (golden / f"{split}.jsonl").read_text().splitlines()]
+        rows = [{"input_ids": row["input_ids"], "soft_label": row["labels"]} for row in rows]
+        (folder / "task" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    saved = load_file(golden / "trainable_init.safetensors")  # a state dict: PEFT's files leave out the adapter's name
+    saved = {name.replace(".modules_to_save.default", "").replace(".default", ""): tensor for name, tensor in saved.items()}
+    save_file(saved, folder / "adapter" / "adapter_model.safetensors")
+    lora = recipe["lora"]
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": lora["r"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
+        "target_modules": lora["modules"], "modules_to_save": ["score"], "task_type": "SEQ_CLS"}))
+    keys = {
+        "model": golden / "model", "task": folder / "task", "split": "train", "shuffle": "none", "balance": False, "n_val": 0,
+        "dtype": "float32", "lora.init": folder / "adapter", "select": "last", "eval_every": 0,
+        "loss": "logconf_eleuther", "loss_args.chunk": 0, "loss_args.warmup": recipe["logconf_warmup_steps"],
+        "loss_args.aux_coef": recipe["logconf_weight"], "loss_args.buffer": recipe["buffer_size"], "labels": folder / "labels.jsonl",
+        "epochs": recipe["epochs"], "batch_size": recipe["batch_size"], "learning_rate": recipe["lr"],
+        "warmup_steps": recipe["warmup_steps"], "mesh.data": 1,
+    }  # fmt: skip
+    # Labels that are not the ground truth: training on truth has no confidence term.
+    rows = [json.loads(line) for line in (golden / "train.jsonl").read_text().splitlines()]
+    (folder / "labels.jsonl").write_text("".join(
+        json.dumps({"id": f"task/train/{i}/0", "p": row["labels"]}) + "\n" for i, row in enumerate(rows)))
+    return ["--config=eleuther:logconf", *(f"--config.{k}={v}" for k, v in keys.items()), f"--workdir={folder / 'run'}"]
+
+
+@pytest.mark.parametrize("more", [[], ["--config.microbatch_size=8", "--config.mesh.fsdp=2", "--config.remat=full"]],
+                         ids=["", "sharded microbatches"])
+def test_eleuthers_lora(shared, tmp_path, more):
+    golden = shared / "golden" / "eleuther"
+    expected = json.loads((golden / "lora_expected.json").read_text())
+    assert main.main([*eleuther_flags(golden, tmp_path, expected["recipe"]), *more]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose([line["loss"] for line in lines], expected["loss"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose([line["lr"] for line in lines][-2:], [0.000334936, 0.0000851854], rtol=1e-5)
+    found = np.array(pq.read_table(tmp_path / "run" / "predictions" / "test.parquet")["logits"].to_pylist())
+    np.testing.assert_allclose(found, expected["test_logits"], rtol=0, atol=2e-5)

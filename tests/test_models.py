@@ -246,9 +246,9 @@ def test_initialisation_is_the_published_one():
             assert abs(np.std(value) / std - 1) < 0.2, path
     first, second = params["backbone"]["layers"]["attn"]["qkv"]["kernel"]
     assert np.abs(first - second).max() > 0.01  # layers differ
-    np.testing.assert_array_equal(normal.init_head(jax.random.key(0))["kernel"], params["head"]["kernel"])
-    assert not np.asarray(zero.init_head(jax.random.key(0))["kernel"]).any()
-    assert models.build(config, head="lm").init_head(jax.random.key(0)) == {}
+    np.testing.assert_array_equal(normal.init_new(jax.random.key(0))["head"]["kernel"], params["head"]["kernel"])
+    assert not np.asarray(zero.init_new(jax.random.key(0))["head"]["kernel"]).any()
+    assert models.build(config, head="lm").init_new(jax.random.key(0)) == {}
 
 
 @pytest.mark.parametrize("change, expected", [

@@ -31,6 +31,7 @@ RUNS = {
                    "eval_every": 6, "n_val": 8, "keep": "all", "optimizer": "adamw", "weight_decay": 0.1, "split": "b", "n_train": 48,
                    "batch_size": 2, "schedule": "linear", "warmup_steps": 3},
     "head": {"train": "head", "loss": "xent", "keep": "params"},
+    "selected": {"train": "lora", "select": "val_labels", "eval_every": 3, "n_val": 8, "split": "b", "n_train": 48, "batch_size": 2},
 }  # fmt: skip
 
 

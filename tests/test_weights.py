@@ -140,7 +140,7 @@ def fp8(tensors):
 
 @pytest.mark.parametrize("change, expected", [
     (lambda t: {k: v for k, v in t.items() if k != "transformer.h.2.ln_1.bias"}, r"1 missing \(transformer.h.2.ln_1.bias\)"),
-    (lambda t: t.update({"score.weight": np.zeros((2, 32), np.float32)}), r"1 that nothing takes \(score.weight\)"),
+    (lambda t: t.update({"scores.weight": np.zeros((2, 32), np.float32)}), r"1 that nothing takes \(scores.weight\)"),
     (lambda t: t.update({"transformer.h.4.ln_1.bias": np.zeros(32, np.float32)}), r"nothing takes \(transformer.h.4.ln_1.bias\)"),
     (lambda t: t.update({"transformer.wpe.weight": np.zeros((23, 32), np.float32)}),
      r"1 of another shape \(transformer.wpe.weight \[23, 32\] where config.json says \[24, 32\]\)"),

@@ -49,10 +49,10 @@ def uninterrupted():
 class Checkpoints:
     """The checkpoints of one run directory; `read_only` for who does not write the run, which may be going on elsewhere."""
 
-    def __init__(self, workdir, keep: int = 2, read_only: bool = False):
+    def __init__(self, workdir, keep: int = 2, read_only: bool = False, folder: str = FOLDER):
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every save at INFO and WARNING
-        folder = epath.Path(workdir) / FOLDER
-        self._folder = folder if is_object_store(folder) else epath.Path(Path(folder).absolute())  # Orbax refuses a relative one
+        place = epath.Path(workdir) / folder
+        self._folder = place if is_object_store(place) else epath.Path(Path(place).absolute())  # Orbax refuses a relative one
         self._keep, self._read_only = keep, read_only
         self._manager = None
 

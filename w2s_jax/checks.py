@@ -12,7 +12,8 @@ from w2s_jax import logger
 from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, PROBE_ARGS, check_store, describe, flatten, folder, key_type, shipped
 from w2s_jax.errors import UserError, nearest
 
-LABEL_SPLITS = ("b", "a", "train", "val", "test")  # what the stage label takes as `split`
+# What a key may hold in one stage, where that is not what it may hold elsewhere.
+OF_STAGE = {("label", "split"): ("b", "a", "train", "val", "test"), ("pretrain", "param_dtype"): ("float32", "bfloat16")}
 
 # Closed ranges (low, high); a low of TINY excludes 0. Keys that stand nowhere here are free.
 TINY = float.fromhex("0x1p-1022")
@@ -24,7 +25,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "learning_rate": (TINY, 1e6), "final_lr_fraction": (0, 1), "warmup_steps": (0, math.inf),
     "grad_clip": (0, 1e30), "weight_decay": (0, 1e30), "dropout": (0, 1 - 1e-9),
     "log_every": (1, math.inf), "eval_every": (0, math.inf), "eval_batch_size": (0, math.inf),
-    "checkpoint_every": (0, math.inf), "steps_per_dispatch": (0, math.inf),
+    "checkpoint_every": (0, math.inf), "patience": (0, math.inf), "steps_per_dispatch": (0, math.inf),
     "contamination": (TINY, 1 - 1e-9),
     "replicates": (40, math.inf), "repeats": (1, math.inf), "n_label": (1, math.inf), "arch.vocab": (2, math.inf),
     "arch.width": (1, math.inf), "arch.layers": (1, math.inf), "arch.heads": (1, math.inf), "arch.context": (1, math.inf),
@@ -33,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer_args.b1": (0, 1 - 1e-12), "optimizer_args.b2": (0, 1 - 1e-12), "optimizer_args.eps": (TINY, 1),
     "optimizer_args.momentum": (0, 1 - 1e-12),
     "probe_args.k": (1, math.inf), "probe_args.l2": (TINY, 1e30), "probe_args.folds": (2, math.inf),
+    "lora.rank": (1, math.inf), "lora.alpha": (TINY, 1e6), "lora.dropout": (0, 1 - 1e-9),
 }  # fmt: skip
 RUNS = ("run", "weak", "ceiling", "student", "label")  # keys that name a run directory
 
@@ -63,7 +65,7 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
         if value is None or (value == "" and defaults.get(key) == ""):  # left open
             continue
         if key in CHOICES:
-            _choose(key, value, LABEL_SPLITS if (c.get("stage"), key) == ("label", "split") else CHOICES[key])
+            _choose(key, value, OF_STAGE.get((c.get("stage"), key), CHOICES[key]))
         if key in RANGES and not (key == "loss_args.radius" and value == "midweak"):
             _in_range(key, value)
     if losses:
@@ -72,6 +74,9 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
         _check_arguments(c, "optimizer", OPTIMIZER_ARGS, (c.optimizer,))
     if "probe" in c:
         _check_arguments(c, "probe", PROBE_ARGS, (c.probe,))
+    for name, value in (c.get("lora") or {}).items():
+        if value is not None and c.train != "lora":
+            raise UserError(f"config.lora.{name}: {value!r} is set, but train={c.train} trains no adapters; expected train=lora")
     if "mesh" in c:
         _check_mesh(c.mesh)
     if "logger" in c:
@@ -81,7 +86,7 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
 
 def _check_paths(c: ConfigDict) -> None:
     """What the config names exists, as far as it is here and not on a hub."""
-    for key in ("task", "task_dir", "labels", "file", "corpus", "root", "features", *RUNS):
+    for key in ("task", "task_dir", "labels", "stats_labels", "file", "corpus", "root", "features", *RUNS):
         if isinstance(c.get(key), str):
             check_store(f"config.{key}", c[key])
     if c.get("task"):
@@ -92,7 +97,7 @@ def _check_paths(c: ConfigDict) -> None:
         check_model(c.model)
     if c.get("tokenizer") and is_path(c.tokenizer) and not Path(c.tokenizer).expanduser().is_dir():
         raise UserError(f"config.tokenizer: {c.tokenizer!r}, no such folder")
-    for key in ("labels", "file", "corpus", "root", *RUNS):
+    for key in ("labels", "stats_labels", "file", "corpus", "root", *RUNS):
         name = c.get(key)
         if not isinstance(name, str) or not name or "://" in name or (key, name) == ("corpus", "world"):
             continue
@@ -107,8 +112,13 @@ def _check_paths(c: ConfigDict) -> None:
 
 def _check_sweep(c: ConfigDict) -> None:
     """The lists of a sweep, and the configs that its runs start from (`graph.check` says whether the lists fit together)."""
-    for loss in c.losses:
-        _choose("losses", loss, CHOICES["loss"])
+    for key, choices in (("losses", CHOICES["loss"]), *((key, tuple(PROBE_ARGS)) for key in ("probes", "filters", "relabels")),
+                         ("ensembles", CHOICES["how"]), ("floors", ("zero_shot", "few_shot"))):
+        for value in c[key]:
+            _choose(key, value, choices)
+    _choose("members", c.members, ("seeds", "models"))
+    for key in ("s2s_rounds", "shots"):
+        _in_range(key, c[key], (0 if key == "s2s_rounds" else 1, math.inf))
     for rung in c.rungs:
         from w2s_jax.data.world import RUNGS
 
@@ -186,6 +196,12 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
             raise UserError(f"config.loss_args.warmup: {c.loss_args.warmup!r}, expected a fraction of training (0 to 1) for {loss}")
     if c.get("steps") is not None and c.get("warmup_steps", 0) >= c.steps:
         raise UserError(f"config.warmup_steps: {c.warmup_steps}, expected fewer than config.steps ({c.steps})")
+    if c.get("select", "last") != "last":
+        for key in ("eval_every", "n_val"):
+            if not c[key]:
+                raise UserError(f"config.{key}: 0, expected more with select={c.select}, which scores validation documents as it goes")
+    elif c.get("patience"):
+        raise UserError(f"config.patience: {c.patience}, but select=last compares no steps; expected val_labels, agreement or oracle")
     if "arch" in c and not c.get("model"):
         if c.arch.width % c.arch.heads:
             raise UserError(f"config.arch.heads: {c.arch.heads}, expected a divisor of config.arch.width ({c.arch.width})")

@@ -45,16 +45,19 @@ PROBE_ARGS: dict[str, dict] = {
     "topofilter": {"k": 50},
 }
 
+# Settings of LoRA, with their defaults: rank 8, scale 1 and every matrix of the layers, as EleutherAI/w2s has them.
+LORA_ARGS: dict = {"rank": 8, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "rslora": False, "init": ""}
+
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": ("finetune", "label", "probe", "export", "pretrain", "sweep", "report", "benchmark"),
     "dtype": ("float32", "bfloat16"),
-    "param_dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
-    "train": ("full", "head"),
-    "head_init": ("zeros", "normal"),
+    "train": ("full", "head", "lora"),
+    "head_init": ("zeros", "normal", "small"),
     "readout": ("auto", "last", "mean", "first"),
     "split": ("a", "b", "train"),
     "group": ("auto", "none"),
@@ -67,6 +70,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("predict", "filter", "relabel"),
     "pool": ("last", "mean"),
     "keep": ("params", "all", "none"),
+    "select": ("last", "val_labels", "agreement", "oracle"),
     "logger": ("none", "tensorboard", "wandb"),
 }
 
@@ -76,7 +80,7 @@ EXECUTION = (
     "checkpoint_every", "keep", "eval_batch_size", "features", "workdir",
 )  # fmt: skip
 # Keys whose content counts, not their name: an identity holds a fingerprint in their place.
-CONTENT = ("model", "task", "labels", "run", "corpus", "tokenizer")
+CONTENT = ("model", "task", "labels", "stats_labels", "run", "corpus", "tokenizer")
 NAMES_OF_CONTENT = ("revision", "task_dir", "task_revision")  # where the content was found; covered by its fingerprint
 STORES = {"gs": ("gcsfs", "w2s_jax[gcs]"), "s3": ("s3fs", "s3fs")}  # object stores: the module that reads one, and what to install
 
@@ -247,8 +251,10 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         A dict that survives a JSON round trip unchanged.
     """
     result = json.loads(json.dumps(c.to_dict()))
+    selects = c.get("select", "last") != "last"  # then the evaluations decide which step is kept
     for key in (*EXECUTION, *NAMES_OF_CONTENT):
-        result.pop(key, None)
+        if not (selects and key == "eval_every"):
+            result.pop(key, None)
     for key in CONTENT:
         if key in result:
             assert key in fingerprints or not result[key], f"identity() needs the fingerprint of {key}={result[key]!r}"
@@ -259,6 +265,8 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         result["optimizer_args"] = optimizer_args(c)
     if "probe" in c:
         result["probe_args"] = probe_args(c)
+    if "lora" in c and c.train != "lora":
+        result["lora"] = None
     if c.get("model") and "arch" in result:
         result["arch"] = None  # the sizes come from the model
     return plain_identity(result | fingerprints)

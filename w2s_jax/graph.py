@@ -1,4 +1,7 @@
-"""A sweep as a graph of runs: what each run is, what it needs, and the directory that its identity names."""
+"""A sweep as a graph of runs: what each run is, what it needs, and the directory that its identity names.
+
+`experiment.build` makes one from a sweep's config.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,7 @@ from collections.abc import Callable
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import registry
 from w2s_jax.errors import UserError
-
-GROUND_TRUTH_LOSS = "xent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,31 @@ class Planned:
     config: object
 
 
-@dataclasses.dataclass
 class Graph:
-    """Runs in an order in which every run follows what it needs, and the (weak, strong, loss) pairs that the report reads."""
+    """Runs in an order in which every run follows what it needs (`nodes`, by name), and the rows that the report reads (`pairs`).
 
-    nodes: dict[str, Node] = dataclasses.field(default_factory=dict)
-    pairs: list[dict] = dataclasses.field(default_factory=list)
+    Args:
+      root: the sweep's directory.
+      identify: `(config of a run, {path: Planned}) -> identity`; stages differ in what counts.
+    """
+
+    def __init__(self, root, identify: Callable[[object, dict], dict]):
+        self.root, self._identify = epath.Path(root), identify
+        self.nodes: dict[str, Node] = {}
+        self.pairs: list[dict] = []
+        self._planned: dict[str, Planned] = {}
+
+    def add(self, folder: str, name: str, run_config, parents=()) -> str:
+        """Adds a run unless it is there, and returns its directory: `<folder>/<stage>-<name>-<10 hex of the identity>`."""
+        identity = config_lib.identity_hash(self._identify(run_config, self._planned))
+        node = f"{folder}/{run_config.stage}-{name}-{identity[:10]}"
+        self.nodes.setdefault(node, Node(node, run_config, tuple(dict.fromkeys(parents))))
+        self._planned[self.path(node)] = Planned(identity, run_config)
+        return node
+
+    def path(self, node: str) -> str:
+        """Where a run will lie."""
+        return str(self.root / node)
 
 
 def short(model: str) -> str:
@@ -63,63 +82,7 @@ def variant(base, **values):
     return out.lock()
 
 
-def build(config, root, identify: Callable[[object, dict], dict]) -> Graph:
-    """The graph of a sweep.
-
-    Args:
-      config: as `configs/sweep.py` gives it.
-      root: the sweep's directory.
-      identify: `(config of a run, {path: Planned}) -> identity`; stages differ in what counts.
-
-    Raises:
-      UserError: a ladder, learning rates or pairs that do not fit together.
-    """
-    check(config)
-    root = epath.Path(root)
-    graph, planned = Graph(), {}
-
-    def add(task: str, model: str, loss: str, seed: int, run_config, parents=()) -> str:
-        identity = config_lib.identity_hash(identify(run_config, planned))
-        label = "-".join(p for p in (run_config.stage, short(model), loss, f"s{seed}", identity[:10]) if p)
-        name = f"{short(task)}/{label}"
-        graph.nodes.setdefault(name, Node(name, run_config, tuple(parents)))
-        planned[str(root / name)] = Planned(identity, run_config)
-        return name
-
-    def ladder() -> list[tuple[str, str, tuple[str, ...]]]:
-        """`(name, model folder or id, parents)` of each rung, weakest first: one ladder for all seeds, as published checkpoints are."""
-        if not config.rungs:
-            return [(short(m), m, ()) for m in config.models]
-        out = []
-        for rung in config.rungs:
-            made = config_lib.shipped("pretrain", rung)
-            node = add("pretrain", rung, "", config.pretrain.seed, variant(config.pretrain, arch=made.arch))
-            out.append((rung, str(root / node / "model"), (node,)))
-        return out
-
-    rungs = ladder()
-    rates = config.learning_rates or (config.base.learning_rate,) * len(rungs)
-    for task in config.tasks:
-        for seed in config.seeds:
-            base = [registry.fill(variant(config.base, seed=seed, task=task, model=path, learning_rate=rate))
-                    for (_, path, _), rate in zip(rungs, rates)]
-            weak, ceiling, labelled = {}, {}, {}
-            pairs = [(w, s) for s in range(len(rungs)) for w in range(s) if config.pairs == "all" or w == s - 1]
-            for w in sorted({w for w, _ in pairs}):
-                weak[w] = add(task, rungs[w][0], f"{GROUND_TRUTH_LOSS}_a", seed,
-                              variant(base[w], split="a", labels="", loss=GROUND_TRUTH_LOSS), rungs[w][2])
-                label = config_lib.shipped("label")
-                labelled[w] = add(task, rungs[w][0], "", seed, variant(label, run=str(root / weak[w]), split="b"), (weak[w],))
-            for s in sorted({s for _, s in pairs}):
-                ceiling[s] = add(task, rungs[s][0], f"{GROUND_TRUTH_LOSS}_b", seed,
-                                 variant(base[s], split="b", labels="", loss=GROUND_TRUTH_LOSS), rungs[s][2])
-            for w, s in pairs:
-                for loss in config.losses:
-                    student = add(task, f"{rungs[w][0]}_to_{rungs[s][0]}", loss, seed,
-                                  variant(base[s], split="b", labels=str(root / labelled[w]), loss=loss), (labelled[w], *rungs[s][2]))
-                    graph.pairs.append({"task": short(task), "weak": rungs[w][0], "strong": rungs[s][0], "loss": loss, "seed": seed,
-                                        "runs": {"weak": weak[w], "label": labelled[w], "ceiling": ceiling[s], "student": student}})
-    return graph
+LISTS = ("tasks", "losses", "seeds", "probes", "filters", "relabels", "ensembles", "floors")
 
 
 def check(config) -> None:
@@ -128,9 +91,9 @@ def check(config) -> None:
     key = "rungs" if config.rungs else "models"
     if len(ladder) < 2:
         raise UserError(f"config.{key}: {tuple(ladder)}, expected at least two models, weakest first")
-    for name in (key, "tasks", "losses", "seeds"):
+    for name in (key, *LISTS):
         values = tuple(config[name])
-        if not values:
+        if not values and name in ("tasks", "losses", "seeds"):
             raise UserError(f"config.{name}: is empty, expected at least one")
         if len(set(values)) < len(values):
             raise UserError(f"config.{name}: {values} names one twice, expected each once")
@@ -142,5 +105,13 @@ def check(config) -> None:
         raise UserError(f"config.learning_rates: {tuple(config.learning_rates)}, expected one for each of {len(ladder)} models, or none")
     if config.pairs not in ("all", "adjacent"):
         raise UserError(f"config.pairs: {config.pairs!r}, expected all or adjacent")
+    if config.bootstrap and len(ladder) < 3:
+        raise UserError(f"config.bootstrap: True, but {tuple(ladder)} has no model between the ends, expected three models or more")
+    if config.bootstrap and config.pairs == "adjacent":
+        raise UserError("config.bootstrap: True, but pairs=adjacent leaves no model between a supervisor and its student; expected all")
+    if config.ensembles and config.members == "seeds" and len(config.seeds) < 2:
+        raise UserError(f"config.ensembles: {tuple(config.ensembles)} over one seed, expected two seeds or more, or members=models")
+    if config.ensembles and config.members == "models" and len(ladder) < 3:
+        raise UserError(f"config.ensembles: {tuple(config.ensembles)} over one supervisor, expected three models or more, or members=seeds")
     if config.base.labels:
         raise UserError(f"config.base.labels: {config.base.labels!r}, expected it empty: a sweep makes its own labels")

@@ -1,4 +1,5 @@
-"""Defaults per model: what a config leaves open. Any other hub id and any folder works too, with the last rule's values."""
+"""Defaults per model: what a config leaves open, LoRA's settings among it. Any other hub id and any folder works too, with the
+last rule's values."""
 
 from __future__ import annotations
 
@@ -6,12 +7,16 @@ import re
 
 from ml_collections import ConfigDict
 
+from w2s_jax import peft
+from w2s_jax.config import LORA_ARGS
+from w2s_jax.errors import UserError
+
 REPLICATED = {"data": -1, "fsdp": 1, "model": 1}  # a copy of the model on every device
 SPLIT = {"data": 1, "fsdp": -1, "model": 1}  # one copy over all devices: parameters, gradients and moments do not fit one
 
 # Regex over a hub id -> defaults: the first rule that matches, and what it leaves out from the last one. Learning rates are for
 # full fine-tuning with Adam at batch size 32: openai/weak-to-strong `train_simple.py` for its own models, else this project's
-# choice in the range that the models' papers fine-tune with.
+# choice in the range that the models' papers fine-tune with. lora_learning_rate is for train=lora: EleutherAI/w2s for its models.
 RULES: tuple[tuple[str, dict], ...] = (
     # openai/weak-to-strong's ladder
     (r"(openai-community/)?gpt2(-medium)?", {"learning_rate": 5e-5}),
@@ -19,9 +24,9 @@ RULES: tuple[tuple[str, dict], ...] = (
     (r"(openai-community/)?gpt2-xl", {"learning_rate": 1e-5, "remat": "full"}),
     (r"Qwen/Qwen-1_8B", {"learning_rate": 1e-5, "remat": "full"}),
     (r"Qwen/Qwen-(7|14|72)B", {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
-    # EleutherAI/w2s: Qwen1.5-0.5B -> Meta-Llama-3-8B (its own rates, 5e-4 and 8e-5, are for LoRA)
-    (r"Qwen/Qwen1\.5-0\.5B.*", {"learning_rate": 2e-5}),
-    (r"meta-llama/(Meta-)?Llama-3.*-8B.*", {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
+    # EleutherAI/w2s: Qwen1.5-0.5B -> Meta-Llama-3-8B
+    (r"Qwen/Qwen1\.5-0\.5B.*", {"learning_rate": 2e-5, "lora_learning_rate": 5e-4}),
+    (r"meta-llama/(Meta-)?Llama-3.*-8B.*", {"learning_rate": 1e-5, "lora_learning_rate": 8e-5, "remat": "full", "mesh": SPLIT}),
     # the usual ladders
     (r"EleutherAI/pythia-(14m|31m|70m|160m|410m)(-deduped)?", {"learning_rate": 5e-5}),
     (r"EleutherAI/pythia-(1b|1\.4b)(-deduped)?", {"learning_rate": 1e-5}),
@@ -42,24 +47,29 @@ RULES: tuple[tuple[str, dict], ...] = (
     (r"(google-bert/)?bert-large.*|(FacebookAI/)?roberta-large|answerdotai/ModernBERT-large", {"learning_rate": 1e-5}),
     (r"(google-bert/)?bert-base.*|google/bert_uncased.*|(FacebookAI/)?roberta-.*|answerdotai/ModernBERT-.*", {"learning_rate": 3e-5}),
     # everything else
-    (r".*", {"learning_rate": 5e-5, "remat": "none", "mesh": REPLICATED, "revision": "main"}),
+    (r".*", {"learning_rate": 5e-5, "lora_learning_rate": 2e-4, "remat": "none", "mesh": REPLICATED, "revision": "main"}),
 )
 
 
 def defaults(model: str) -> dict:
-    """`learning_rate`, `remat`, `mesh` and `revision` for a hub id; a local folder, whatever its name, has the last rule's."""
+    """`learning_rate`, `lora_learning_rate`, `remat`, `mesh` and `revision` for a hub id; a local folder, whatever its name, has
+    those of the last rule."""
     return RULES[-1][1] | next(values for pattern, values in RULES if re.fullmatch(pattern, model))
 
 
 def fill(config: ConfigDict) -> ConfigDict:
     """A copy of a stage's config in which what was left to the model is set; the config itself if nothing was, or it names no model.
 
-    Left open are: learning_rate unset, remat "auto", revision "", and mesh axes 0. Of a mesh that is partly set the other axes
-    take what is left: `data` all devices (1 where another axis is -1), the others 1. A probe of a run waits for the run's model.
+    Left open are: learning_rate unset, remat "auto", revision "", mesh axes 0, and LoRA's settings under train=lora, which are then
+    those of the adapter that it starts from (UserError where that cannot be read), or LORA_ARGS. Of a mesh that is partly set the
+    other axes take what is left: `data` all devices (1 where another axis is -1), the others 1. A probe of a run waits for
+    the run's model.
     """
     if config.get("stage") == "probe" and config.get("run"):
         return config
     own = defaults(config.get("model") or "")
+    if config.get("train") == "lora":
+        own["learning_rate"] = own["lora_learning_rate"]
     changes: dict = {key: own[key] for key, open_ in (("learning_rate", None), ("remat", "auto"), ("revision", ""))
                      if key in config and config[key] == open_}
     mesh = dict(config.mesh) if "mesh" in config and "model" in config else {}
@@ -68,13 +78,24 @@ def fill(config: ConfigDict) -> ConfigDict:
     elif 0 in mesh.values():
         rest = {"data": 1 if -1 in mesh.values() else -1, "fsdp": 1, "model": 1}
         changes["mesh"] = {axis: size or rest[axis] for axis, size in mesh.items()}
+    if config.get("train") == "lora" and None in config.lora.values():
+        changes["lora"] = _lora(config.lora)
     if not changes:
         return config
     out = config.copy_and_resolve_references()
     with out.unlocked(), out.ignore_type():
         for key, value in changes.items():
-            if key == "mesh":
-                out.mesh.update(value)
+            if key in ("mesh", "lora"):
+                out[key].update(value)
             else:
                 out[key] = value
     return out.lock()
+
+
+def _lora(given: ConfigDict) -> dict:
+    """All of LoRA's settings. UserError where the adapter that it starts from has another rank or other targets."""
+    start = peft.read_config(given.init) if given.init else {}
+    for key in ("rank", "targets"):
+        if start and given[key] is not None and given[key] != start[key]:
+            raise UserError(f"config.lora.{key}: {given[key]!r}, but the adapter in {given.init} has {start[key]!r}; leave it unset")
+    return {key: start.get(key, default) if given[key] is None else given[key] for key, default in LORA_ARGS.items()}

@@ -1,4 +1,4 @@
-"""The one trainer: weak supervisor, ceiling, student, head-only runs and language-model pretraining.
+"""The one trainer: weak supervisor, ceiling, student, head-only and LoRA runs, and language-model pretraining.
 
 A step takes d loss / d logits once over the whole batch, `[batch, classes]`, and pulls it back through
 each microbatch, so that a loss may use a quantile or a mean of the batch while memory is bounded
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from w2s_jax import checkpoint as ckpt
-from w2s_jax import losses, optimizers
+from w2s_jax import losses, optimizers, selection
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import packing
 from w2s_jax.errors import UserError
@@ -27,7 +28,7 @@ from w2s_jax.forward import compiled
 from w2s_jax.progress import Progress, say
 
 PACKED = ("tokens", "segments", "positions", "documents", "last")
-TRAINED = {"full": "", "head": "head/"}  # what `config.train` trains: paths with this prefix
+TRAINED = {"full": r"", "head": r"^head/", "lora": r"^head/|/lora_[ab]$"}  # what `config.train` trains: paths where this is found
 
 
 def split_params(params: dict, train: str) -> tuple[dict, dict]:
@@ -39,7 +40,7 @@ def split_params(params: dict, train: str) -> tuple[dict, dict]:
             if isinstance(value, dict):
                 if inner := keep(value, path + "/", wanted):
                     out[key] = inner
-            elif path.startswith(TRAINED[train]) == wanted:
+            elif bool(re.search(TRAINED[train], path)) == wanted:
                 out[key] = value
         return out
     return keep(params, "", True), keep(params, "", False)
@@ -192,7 +193,7 @@ def steps_per_dispatch(config, model, tokens_per_step: float) -> int:
     # What is worth a call, and what the update of one parameter costs (28 bytes to and from memory), both in FLOPs of matrix products.
     worth, update = (1e9, 500.0) if jax.default_backend() == "cpu" else (2e12, 2000.0)
     trained = TRAINED[config.get("train", "full")]  # a pretrain config has no such key
-    flops = 6.0 * weights * tokens_per_step + update * sum(size for path, size in sizes.items() if path.startswith(trained))
+    flops = 6.0 * weights * tokens_per_step + update * sum(size for path, size in sizes.items() if re.search(trained, path))
     return int(np.clip(worth // flops, 1, 32))
 
 
@@ -248,11 +249,12 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
       rates: learning rate of each step, float64 `[steps]`.
       run: an open `runlog.Run`.
       on_eval: `on_eval(params) -> dict`, called every `config.eval_every` updates but not after the last; what it
-        returns joins the metrics of the next step, which are all from before that step's update.
-      stats: collects programs and seconds.
+        returns joins the metrics of the next step, which are all from before that step's update. Unless `config.select` is
+        last, it holds a `select_score`, is called after the last update too, and the parameters of the best score are kept.
+      stats: collects programs and seconds, and under `selected` the step that was kept: step, score, steps (done in all).
 
     Returns:
-      The trained parameters, whole.
+      The trained (or selected) parameters, whole.
 
     Raises:
       UserError: the loss is not finite; names the step and the documents of its batch.
@@ -280,6 +282,8 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
             say(f"{error}; trying an older one")
             continue
         trainable, done = restored, at
+        if at == total and (kept := checkpoints.meta(at).get("selected")):
+            stats["selected"] = kept
         break
     if done == 0:
         init = jax.jit(program.optimizer.init, out_shardings=shardings["opt_state"])
@@ -289,12 +293,22 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
         opt_state, loss_state = states["optimizer"], states["loss"]
         say(f"{label}: resumed at step {done} of {total}")
     run.resume_metrics(done)
+    best = selection.Best(run.path, config.eval_every, config.patience) if config.get("select", "last") != "last" and done < total else None
+
+    def evaluate(at: int) -> None:
+        """Of the state after `at` updates; the line of the next step gets the figures."""
+        nonlocal clock
+        evaluated[at] = on_eval(merge_params(trainable, frozen))
+        if best:
+            best.offer(at, evaluated[at]["select_score"], trainable)
+        clock = time.perf_counter()
 
     def save(finished: int, last: bool):
         whole = not last or config.keep == "all"
         run.flush()  # no line before a checkpoint's step may be missing
+        meta = {"step": finished, "total_steps": total, "train": program.train, "selected": stats.get("selected")}
         checkpoints.save(finished, params=trainable, opt_state={"optimizer": opt_state, "loss": loss_state} if whole else None,
-                         rng=key if whole else None, meta={"step": finished, "total_steps": total, "train": program.train})
+                         rng=key if whole else None, meta=meta)
 
     # Another attempt may have stopped inside what is one dispatch now (steps_per_dispatch, checkpoint_every may change).
     todo = [(range(max(d.start, done), d.stop), which) for d, which in zip(plan.dispatches, plan.shape_of) if d.stop > done]
@@ -304,7 +318,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
     group = max(len(d) for d in plan.dispatches)
     waiting: list[tuple] = []
     evaluated: dict[int, dict] = {}
-    clock = time.perf_counter()
+    clock, stopped = time.perf_counter(), total
 
     def collect(keep: int):
         """Read the metrics of all but the newest `keep` dispatches."""
@@ -332,8 +346,11 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
         for dispatch, which in todo:
             if on_eval and config.eval_every and dispatch.start and dispatch.start % config.eval_every == 0:
                 collect(keep=0)
-                evaluated[dispatch.start] = on_eval(merge_params(trainable, frozen))
-                clock = time.perf_counter()
+                evaluate(dispatch.start)
+                if best and best.exhausted(dispatch.start):
+                    stopped = dispatch.start
+                    say(f"{label}: no better {config.select} for {config.patience} evaluations, stopped at step {stopped} of {total}")
+                    break
             xs = _inputs(plan, dispatch, plan.shapes[which], group, corpus, rates, coefficients, mesh)
             n = jax.device_put(np.int32(len(dispatch)), none)
             trainable, opt_state, loss_state, metrics = _run_dispatch(
@@ -345,16 +362,24 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
                 collect(keep=0)  # a state behind a non-finite loss is never saved
                 save(at, last=False)
         collect(keep=0)
-        if done < total:
+        if best:
+            if stopped == total:
+                evaluate(total)
+            trainable = best.restore(ckpt.abstract(trainable, shardings["trainable"]))
+            stats["selected"] = {"step": best.step, "score": best.score, "steps": stopped}
+        if done < total:  # under the last step's number, wherever it stopped: there is nothing left to train
             save(total, last=True)
     finally:
         progress.close()
+        if best:
+            best.close()
         checkpoints.close()
     return merge_params(trainable, frozen)
 
 
 def finish_checkpoints(config, run) -> None:
     """What `config.keep` leaves once predictions are written: the last step (params or everything), or nothing."""
+    selection.clear(run.path)
     checkpoints = ckpt.Checkpoints(run.path)
     try:
         if config.keep == "none":

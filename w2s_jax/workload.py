@@ -90,6 +90,9 @@ def fingerprint_labels(path, planned: dict | None = None) -> str:
         return ""
     if planned and str(path) in planned or epath.Path(path).is_dir():
         return fingerprint_run(path, planned)
+    made = epath.Path(path).parent.parent  # <run>/predictions/<file>
+    if planned and str(made) in planned or run_identity(made):
+        return f"{fingerprint_run(made, planned)}/{epath.Path(path).name}"
     return f"labels:{labels_lib.read(path).fingerprint}"
 
 
@@ -207,19 +210,36 @@ def precision(config):
     return jax.default_matmul_precision(None if config.matmul_precision == "default" else config.matmul_precision)
 
 
+def param_dtype(config, folder: hub.Folder) -> str:
+    """The type of the parameters: `config.param_dtype`, or that of the checkpoint where it says auto."""
+    return models.stored_dtype(folder) if config.param_dtype == "auto" else config.param_dtype
+
+
 def _build(config, folder: hub.Folder, head: str) -> models.Model:
     return models.build(
-        models.read_config(folder), head=head, dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat,
-        attention=config.attention, dropout=float(config.get("dropout", 0.0)), readout=config.readout, head_init=config.head_init)
+        models.read_config(folder), head=head, dtype=config.dtype, param_dtype=param_dtype(config, folder), remat=config.remat,
+        attention=config.attention, dropout=float(config.get("dropout", 0.0)), readout=config.readout, head_init=config.head_init,
+        lora=lora(config))
+
+
+def lora(config) -> models.Lora | None:
+    """The adapters of a run: None where it trains none."""
+    if config.get("train") != "lora":
+        return None
+    c = config.lora
+    return models.Lora(int(c.rank), float(c.alpha), float(c.dropout), c.targets, bool(c.rslora))
 
 
 def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
-    """Build and load `config.model` on `config.mesh`; `seed` initialises the head."""
+    """Build and load `config.model` on `config.mesh`; `seed` initialises the head and the adapters, unless the latter start from
+    `config.lora.init`."""
     folder = hub.resolve(config.model, config.revision)
     model = _build(config, folder, head)
     mesh = mesh_lib.make_mesh(config.mesh)
     shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
     params = models.load(folder, model, shardings, jax.random.key(seed))
+    if lora(config) and config.lora.init:
+        params = models.load_adapter(config.lora.init, params, model)
     return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [])
 
 

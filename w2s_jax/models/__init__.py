@@ -19,13 +19,16 @@ from flax import nnx
 from w2s_jax.errors import UserError, nearest
 from w2s_jax.models import attention as attention_lib
 from w2s_jax.models import heads, weights
+from w2s_jax.models import lora as lora_lib
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.backbone import REMAT, Backbone
 from w2s_jax.models.families import FAMILIES, parse, read_config, read_raw
 from w2s_jax.models.layers import Compute, Linear
+from w2s_jax.models.lora import Lora
 from w2s_jax.models.weights import nest, paths
 
-__all__ = ["FAMILIES", "Architecture", "Model", "build", "load", "nest", "parse", "paths", "read_config", "read_raw", "save"]
+__all__ = ["FAMILIES", "Architecture", "Lora", "Model", "adapter_files", "build", "load", "load_adapter", "merge", "nest", "parse",
+           "paths", "read_config", "read_raw", "save", "stored_dtype"]
 
 POOLS = ("last", "mean")  # what `Model.features` reads of a document
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -35,7 +38,7 @@ class _Network(nnx.Module):
     """The module whose state the params are: backbone, and what the head needs beside it."""
 
     def __init__(self, config: Architecture, compute: Compute, classes: int | None, pooled: bool, head_init: str, key: jax.Array):
-        rngs = [nnx.Rngs(params=jax.random.fold_in(key, i)) for i in range(3)]
+        rngs = [nnx.Rngs(params=jax.random.fold_in(key, i), lora=jax.random.fold_in(key, 3)) for i in range(3)]
         self.backbone = Backbone(config, compute, rngs=rngs[0])
         if classes is None:
             if not config.tied:
@@ -63,7 +66,8 @@ class Model:
         self.compute, self.param_dtype = compute, compute.param_dtype
         self._make = lambda key: _Network(config, compute, classes if head == "classifier" else None, self.pooled, head_init, key)
         # One function for the model's life, so that each run after the first finds it compiled; the rest of init is dead code.
-        self._init_head = jax.jit(lambda key: {k: v for k, v in self.init(key).items() if k == "head"})
+        self._init_new = jax.jit(lambda key: nest({p: leaf for p, leaf in paths(self.init(key)).items()
+                                                   if p.startswith("head/") or weights.is_adapter(p)}))
         self._graph, state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))
         self.abstract = nnx.to_pure_dict(state)
 
@@ -71,9 +75,9 @@ class Model:
         """Random params by the family's published initialisation, the head by head_init; works under jit with out_shardings."""
         return nnx.to_pure_dict(nnx.state(self._make(key)))
 
-    def init_head(self, key: jax.Array) -> dict:
-        """Only the head's part of `init(key)`, {"kernel": [embed, classes], ...} (nothing for a language model)."""
-        return self._init_head(key).get("head", {})
+    def init_new(self, key: jax.Array) -> dict:
+        """Only the part of `init(key)` that no checkpoint holds: the head (a language model has none) and the adapters."""
+        return self._init_new(key)
 
     def _merge(self, params: dict) -> _Network:
         if jax.tree.structure(params) != jax.tree.structure(self.abstract):
@@ -168,8 +172,11 @@ class Model:
 @cache
 def build(config: Architecture, *, head: str, classes: int = 2, dtype: str = "float32", param_dtype: str = "float32",
           remat: str = "none", attention: str = "auto", dropout: float = 0.0, readout: str = "auto",
-          head_init: str = "zeros") -> Model:
-    """The Model for these arguments (the config's keys of the same names); equal arguments give the identical object."""
+          head_init: str = "zeros", lora: Lora | None = None) -> Model:
+    """The Model for these arguments (the config's keys of the same names); equal arguments give the identical object.
+
+    `lora`: adapters on the layers' matrices. UserError: an argument that is not known, or that does not fit the model.
+    """
     choices = {"head": (head, ("classifier", "lm")), "dtype": (dtype, DTYPES), "param_dtype": (param_dtype, DTYPES),
                "remat": (remat, REMAT), "attention": (attention, attention_lib.IMPLEMENTATIONS), "readout": (readout, heads.READOUTS),
                "head_init": (head_init, heads.HEAD_INITS)}
@@ -182,13 +189,38 @@ def build(config: Architecture, *, head: str, classes: int = 2, dtype: str = "fl
         raise UserError(f"{config.family} is an encoder and predicts no next token; expected a decoder")
     if readout == "first" and config.causal:
         raise UserError("readout='first': a decoder's first token sees nothing of a document but itself; expected auto, last or mean")
-    compute = Compute(jnp.dtype(DTYPES[dtype]), jnp.dtype(DTYPES[param_dtype]), remat, attention, dropout)
+    adapters = ()
+    if lora is not None:
+        whole = build(config, head=head, classes=classes, dtype=dtype, param_dtype=param_dtype, attention=attention, readout=readout)
+        backbone = {"backbone": whole.abstract["backbone"]}
+        adapters = lora_lib.adapters(lora, lora_lib.modules(backbone, config, FAMILIES[config.family]))
+    compute = Compute(jnp.dtype(DTYPES[dtype]), jnp.dtype(DTYPES[param_dtype]), remat, attention, dropout, adapters)
     return Model(config, head, classes, compute, readout, head_init)
 
 
 def load(folder, model: Model, shardings: dict | None = None, key: jax.Array | None = None) -> dict:
     """Params of `model` from the safetensors in `folder`; see w2s_jax.models.weights.load."""
     return weights.load(folder, model, FAMILIES[model.config.family], shardings, key)
+
+
+def stored_dtype(folder) -> str:
+    """The parameter type that keeps a checkpoint's digits: bfloat16 where all of its tensors are, else float32."""
+    return weights.stored_dtype(folder)
+
+
+def load_adapter(folder, params: dict, model: Model) -> dict:
+    """`params` with the adapters (and the head) of a folder in PEFT's format; see w2s_jax.models.lora.read."""
+    return lora_lib.read(folder, params, model, FAMILIES[model.config.family])
+
+
+def merge(params: dict, lora: Lora) -> dict:
+    """`params` without adapters, these added to the matrices; see w2s_jax.models.lora.merge."""
+    return lora_lib.merge(params, lora.scale)
+
+
+def adapter_files(params: dict, model: Model, lora: Lora, base: str, revision: str) -> tuple[dict, bytes]:
+    """PEFT's two files of the adapters and the head; see w2s_jax.models.lora.files."""
+    return lora_lib.files(params, model, FAMILIES[model.config.family], lora, base, revision)
 
 
 def save(folder, params: dict, raw: dict, tokenizer_files_from=None) -> None:

@@ -15,6 +15,8 @@ Parameters (path: shape), all in `param_dtype`; which of them a model has, its A
     layers/mlp/down/{kernel,bias}                   [layers, mlp, embed], [layers, embed]
     norm/{scale,bias}                               [embed]
 
+and beside the kernel of a matrix with an adapter (models.lora), in float32: lora_a [layers, inputs, rank], lora_b [layers, rank, outputs].
+
 The layers are built by one nnx.vmap and run by one jax.lax.scan: the program's size does not grow with the depth.
 """
 
@@ -28,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.attention import angles, attend, check, prepare, rotate
-from w2s_jax.models.dropout import ATTENTION, EMBEDDING, MLP, dropout, token_keys
+from w2s_jax.models.dropout import ADAPTERS, ATTENTION, EMBEDDING, MLP, dropout, token_keys
 from w2s_jax.models.layers import ACTIVATIONS, Compute, Embedding, Linear, Norm
 
 # What a layer keeps for the backward pass; the rest is computed again. "none" keeps the result of every matrix product with
@@ -75,29 +77,31 @@ class Attention(nnx.Module):
 
     def __init__(self, arch: Architecture, compute: Compute, *, rngs: nnx.Rngs):
         sizes = (arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim, arch.kv_heads * arch.head_dim)
-        linear = lambda width: Linear(arch.embed, width, arch.init_std, compute, bias=arch.qkv_bias, rngs=rngs)  # noqa: E731
+        linear = lambda name, width: Linear(arch.embed, width, arch.init_std, compute, bias=arch.qkv_bias,  # noqa: E731
+                                            adapter=compute.adapter(f"attn/{name}"), rngs=rngs)
         if arch.qkv == "split":
-            self.q, self.k, self.v = (linear(size) for size in sizes)
+            self.q, self.k, self.v = (linear(name, size) for name, size in zip("qkv", sizes))
         else:
-            self.qkv = linear(sum(sizes))
+            self.qkv = linear("qkv", sum(sizes))
         if arch.qk_norm:
             whole = arch.qk_norm == "whole"
             self.q_norm = _norm(arch, compute, sizes[0] if whole else arch.head_dim, bias=False)
             self.k_norm = _norm(arch, compute, sizes[1] if whole else arch.head_dim, bias=False)
-        self.out = Linear(sizes[0], arch.embed, arch.init_std / math.sqrt(2 * arch.layers), compute, bias=arch.out_bias, rngs=rngs)
+        self.out = Linear(sizes[0], arch.embed, arch.init_std / math.sqrt(2 * arch.layers), compute, bias=arch.out_bias,
+                          adapter=compute.adapter("attn/out"), rngs=rngs)
         self.arch = arch
 
-    def _projections(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _projections(self, x: jax.Array, drop) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [rows, time, heads, head_dim], keys and values [rows, time, kv_heads, head_dim]."""
         arch, (rows, time, _) = self.arch, x.shape
         if arch.qkv == "interleaved":
-            q, k, v = jnp.split(self.qkv(x).reshape(rows, time, arch.heads, 3 * arch.head_dim), 3, axis=-1)
+            q, k, v = jnp.split(self.qkv(x, drop).reshape(rows, time, arch.heads, 3 * arch.head_dim), 3, axis=-1)
             return q, k, v
         if arch.qkv == "fused":
             ends = (arch.heads * arch.head_dim, (arch.heads + arch.kv_heads) * arch.head_dim)
-            q, k, v = jnp.split(self.qkv(x), ends, axis=-1)
+            q, k, v = jnp.split(self.qkv(x, drop), ends, axis=-1)
         else:
-            q, k, v = self.q(x), self.k(x), self.v(x)
+            q, k, v = self.q(x, drop), self.k(x, drop), self.v(x, drop)
         if arch.qk_norm == "whole":
             q, k = self.q_norm(q, jnp.float32), self.k_norm(k, jnp.float32)
         q, k, v = (t.reshape(rows, time, -1, arch.head_dim) for t in (q, k, v))
@@ -105,9 +109,9 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q, jnp.float32), self.k_norm(k, jnp.float32)
         return q, k, v
 
-    def __call__(self, x: jax.Array, plan, turns, layer: jax.Array, kind: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, plan, turns, layer: jax.Array, kind: jax.Array, drop) -> jax.Array:
         arch, (rows, time, _) = self.arch, x.shape
-        q, k, v = self._projections(x)
+        q, k, v = self._projections(x, drop)
         if turns is not None:
             cos, sin = (a[0] if len(arch.kinds) == 1 else a[kind] for a in turns)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -115,29 +119,31 @@ class Attention(nnx.Module):
             q = q / (layer + 1).astype(q.dtype)
         q, k = q.astype(x.dtype), k.astype(x.dtype)
         y = attend(q, k, v, plan, arch.kinds, kind, scale=arch.attention_scale)
-        return self.out(checkpoint_name(y.reshape(rows, time, -1), "attention"))
+        return self.out(checkpoint_name(y.reshape(rows, time, -1), "attention"), drop)
 
 
 class Mlp(nnx.Module):
     def __init__(self, arch: Architecture, compute: Compute, *, rngs: nnx.Rngs):
-        linear = lambda width: Linear(arch.embed, width, arch.init_std, compute, bias=arch.mlp_bias, rngs=rngs)  # noqa: E731
+        linear = lambda name, width: Linear(arch.embed, width, arch.init_std, compute, bias=arch.mlp_bias,  # noqa: E731
+                                            adapter=compute.adapter(f"mlp/{name}"), rngs=rngs)
         if arch.mlp_kind == "fused":
-            self.gate_up = linear(2 * arch.mlp)
+            self.gate_up = linear("gate_up", 2 * arch.mlp)
         else:
-            self.up = linear(arch.mlp)
+            self.up = linear("up", arch.mlp)
             if arch.mlp_kind == "gated":
-                self.gate = linear(arch.mlp)
-        self.down = Linear(arch.mlp, arch.embed, arch.init_std / math.sqrt(2 * arch.layers), compute, bias=arch.mlp_bias, rngs=rngs)
+                self.gate = linear("gate", arch.mlp)
+        self.down = Linear(arch.mlp, arch.embed, arch.init_std / math.sqrt(2 * arch.layers), compute, bias=arch.mlp_bias,
+                           adapter=compute.adapter("mlp/down"), rngs=rngs)
         self.kind, self.activation = arch.mlp_kind, arch.activation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, drop) -> jax.Array:
         def act(y):  # in float32: one rounding at the end, and no cost, since it is fused
             return ACTIVATIONS[self.activation](y.astype(jnp.float32))
 
         if self.kind == "plain":
-            return self.down(act(self.up(x)).astype(x.dtype))
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1) if self.kind == "fused" else (self.gate(x), self.up(x))
-        return self.down((act(gate) * up.astype(jnp.float32)).astype(x.dtype))
+            return self.down(act(self.up(x, drop)).astype(x.dtype), drop)
+        gate, up = jnp.split(self.gate_up(x, drop), 2, axis=-1) if self.kind == "fused" else (self.gate(x, drop), self.up(x, drop))
+        return self.down((act(gate) * up.astype(jnp.float32)).astype(x.dtype), drop)
 
 
 class Layer(nnx.Module):
@@ -155,8 +161,9 @@ class Layer(nnx.Module):
     def __call__(self, x: jax.Array, plan, turns, layer: jax.Array, kind: jax.Array, keys: jax.Array | None) -> jax.Array:
         residual = self.arch.residual
         drop = lambda y, site: dropout(y, keys, self.rate, site, layer)  # noqa: E731
-        attn = lambda y: drop(self.attn(y, plan, turns, layer, kind), ATTENTION)  # noqa: E731
-        mlp = lambda y: drop(self.mlp(y), MLP)  # noqa: E731
+        inner = lambda y, rate, site: dropout(y, keys, rate, ADAPTERS + site, layer)  # noqa: E731
+        attn = lambda y: drop(self.attn(y, plan, turns, layer, kind, inner), ATTENTION)  # noqa: E731
+        mlp = lambda y: drop(self.mlp(y, inner), MLP)  # noqa: E731
         add = lambda norm, y: (x.astype(jnp.float32) + norm(y, jnp.float32)).astype(x.dtype)  # noqa: E731
         if residual == "post":
             x = self.post1(x + attn(x))
@@ -192,6 +199,7 @@ class Backbone(nnx.Module):
         self.layers = stack(rngs)
         self.norm = _norm(arch, compute) if arch.final_norm else nnx.data(None)
         self.arch, self.remat, self.rate = arch, compute.remat, compute.dropout
+        self.noisy = bool(compute.dropout or any(adapter.dropout for _, adapter in compute.adapters))
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """Per token: only those that are read need it."""
@@ -234,7 +242,7 @@ class Backbone(nnx.Module):
     def _start(self, tokens, segments, positions, dropout_key, one_document: bool):
         """The embeddings [rows, time, embed], `body(x, layer's parameters, its number, its kind)`, and each layer's kind."""
         arch = self.arch
-        keys = token_keys(dropout_key, segments, positions) if dropout_key is not None and self.rate else None
+        keys = token_keys(dropout_key, segments, positions) if dropout_key is not None and self.noisy else None
         x = dropout(self.embed(tokens, positions), keys, self.rate, EMBEDDING, 0)
         plan = prepare(segments, arch.kinds, arch.causal, width=arch.head_dim, dtype=self.dtype, cap=arch.attention_cap,
                        implementation=self.attention, one_document=one_document)

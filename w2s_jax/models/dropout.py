@@ -7,7 +7,8 @@ microbatching and sharding leave the masks, and with them the losses, as they ar
 import jax
 import jax.numpy as jnp
 
-EMBEDDING, ATTENTION, MLP = range(3)  # sites
+EMBEDDING, ATTENTION, MLP, ADAPTERS = range(4)  # sites; the matrices of a layer that have adapters count on from the last
+SITES = 16
 
 
 def token_keys(key: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
@@ -34,7 +35,7 @@ def dropout(x: jax.Array, keys: jax.Array | None, rate: float, site: int, layer:
     if keys is None or rate == 0.0:
         return x
     kept = round((1.0 - rate) * 65536)
-    salt = 3 * layer + site
+    salt = SITES * layer + site
 
     @jax.vmap
     @jax.vmap

@@ -6,12 +6,13 @@ that none crosses devices when the cells are sharded.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.layers import ACTIVATIONS, Compute, Linear, Norm
 
-HEAD_INITS = ("zeros", "normal")
+HEAD_INITS = {"zeros": 0.0, "normal": 0.02, "small": 0.02 * 0.01}  # standard deviations; small: EleutherAI/w2s, model.py
 READOUTS = ("auto", "last", "mean", "first")
 
 # Numbers of [tokens, vocabulary] logits held at once by the language model's loss (256 MB of float32).
@@ -42,6 +43,20 @@ def mean_over_tokens(x: jax.Array, segments: jax.Array, documents: jax.Array) ->
     return total / jnp.maximum(members.sum((2, 3)), 1.0)[..., None]
 
 
+def tensor_names(head: dict, name: str) -> dict[str, str]:
+    """Path inside the head -> name of the tensor in transformers' class for classification, whose linear layer's weight is `name`."""
+    beside = name.split(".")[0]
+    pooler = {f"pooler/dense/{kind}": f"{beside}.dense.{end}" for kind, end in (("kernel", "weight"), ("bias", "bias"))}
+    return {"kernel": name} | (pooler if "pooler" in head else {})
+
+
+def tensors(head: dict, name: str, classes: int) -> dict[str, np.ndarray]:
+    """The head's arrays, on the host, by those names: contiguous [outputs, inputs]; the class's bias, which ours has not, is 0."""
+    flat = {"kernel": head["kernel"]} | {f"pooler/dense/{k}": v for k, v in head.get("pooler", {}).get("dense", {}).items()}
+    out = {tensor: np.ascontiguousarray(flat[path].T) for path, tensor in tensor_names(head, name).items()}
+    return out if name == "score.weight" else out | {name.replace("weight", "bias"): np.zeros(classes, np.float32)}
+
+
 class Pooler(nnx.Module):
     """What an encoder's own classifier puts between a document's hidden state and its linear head: dense, activation, norm."""
 
@@ -60,8 +75,7 @@ class Classifier(nnx.Module):
     holds, and that is trained from scratch with the head (RoBERTa's)."""
 
     def __init__(self, embed: int, classes: int, init: str, *, pooler: Pooler | None = None, rngs: nnx.Rngs):
-        std = {"zeros": 0.0, "normal": 0.02}[init]
-        kernel = std * jax.random.normal(rngs.params(), (embed, classes), jnp.float32)
+        kernel = HEAD_INITS[init] * jax.random.normal(rngs.params(), (embed, classes), jnp.float32)
         self.kernel = nnx.Param(kernel)
         self.pooler = nnx.data(None) if pooler is None else pooler
 

@@ -1,5 +1,6 @@
 """The parts that every layer is made of: matrix products, norms, tables, activations."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -20,32 +21,67 @@ ACTIVATIONS = {  # transformers' names
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A low-rank addition to a Linear (LoRA): `scale` * (x @ a) @ b; `site` tells its dropout from the other matrices'."""
+
+    rank: int
+    scale: float
+    dropout: float
+    site: int
+
+
+@dataclass(frozen=True)
 class Compute:
-    """How the arithmetic is done; none of it changes what is computed, up to rounding (dropout apart)."""
+    """How the arithmetic is done; none of it changes what is computed, up to rounding (dropout apart).
+
+    `adapters`: (name of a matrix inside a layer, "attn/q", its Adapter), see models.lora.
+    """
 
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     remat: str
     attention: str
     dropout: float
+    adapters: tuple[tuple[str, Adapter], ...] = ()
+
+    def adapter(self, name: str) -> Adapter | None:
+        return dict(self.adapters).get(name)
 
 
 class Linear(nnx.Module):
-    """x [..., inputs] @ kernel [inputs, outputs] (+ bias [outputs]), in the compute type."""
+    """x [..., inputs] @ kernel [inputs, outputs] (+ bias [outputs]), in the compute type.
 
-    def __init__(self, inputs: int, outputs: int, std: float, compute: Compute, *, bias: bool = True, rngs: nnx.Rngs):
+    With an `adapter` also + scale * (drop(x) @ lora_a) @ lora_b, parameters float32 whatever the kernel's type, read in the
+    compute type and summed in float32; PEFT's order of the products.
+    """
+
+    def __init__(self, inputs: int, outputs: int, std: float, compute: Compute, *, bias: bool = True,
+                 adapter: Adapter | None = None, rngs: nnx.Rngs):
         self.kernel = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (inputs, outputs), compute.param_dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), compute.param_dtype)) if bias else nnx.data(None)
-        self.dtype = compute.dtype
+        self.lora_a = self.lora_b = nnx.data(None)
+        if adapter is not None:  # peft's kaiming_uniform(a=sqrt(5))
+            bound = inputs**-0.5
+            self.lora_a = nnx.Param(jax.random.uniform(rngs.lora(), (inputs, adapter.rank), jnp.float32, -bound, bound))
+            self.lora_b = nnx.Param(jnp.zeros((adapter.rank, outputs), jnp.float32))
+        self.dtype, self.adapter = compute.dtype, adapter
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = x.shape
+    def __call__(self, x: jax.Array, drop: Callable[[jax.Array, float, int], jax.Array] | None = None) -> jax.Array:
+        """`drop(x, rate, site)`: dropout on the adapter's input."""
+        shape, whole = x.shape, x
         # Two dimensions: XLA's CPU backend would transpose a three-dimensional operand for the kernel's gradient.
         x, kernel = x.reshape(-1, shape[-1]), self.kernel[...].astype(self.dtype)
-        if self.bias is None:
+        if self.bias is None and self.adapter is None:
             y = x @ kernel
         else:  # rounded once, after the sum
-            y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32) + self.bias[...].astype(jnp.float32)
+            y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+            if self.bias is not None:
+                y = y + self.bias[...].astype(jnp.float32)
+        if self.adapter is not None:
+            if drop is not None and self.adapter.dropout:
+                x = drop(whole, self.adapter.dropout, self.adapter.site).reshape(x.shape)
+            low = jnp.matmul(x, self.lora_a[...].astype(self.dtype), preferred_element_type=jnp.float32)
+            y = y + self.adapter.scale * jnp.matmul(low, self.lora_b[...])
         return checkpoint_name(y.astype(self.dtype).reshape(*shape[:-1], -1), "linear")
 
 

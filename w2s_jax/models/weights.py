@@ -1,7 +1,8 @@
 """Safetensors in, params out, and back: read slice by slice, strict both ways.
 
 Every tensor of the checkpoint must be taken by a parameter (or be declared as no parameter by its family), and every
-parameter filled by a tensor of its shape. The classification head, which no checkpoint has, is the only exception.
+parameter filled by a tensor of its shape. What no checkpoint of a pretrained model has, the classification head and the
+adapters, is the only exception; a head that one does have is left alone, and said.
 """
 
 import functools
@@ -25,6 +26,7 @@ from safetensors.numpy import save_file
 from w2s_jax.errors import UserError
 from w2s_jax.files import is_object_store
 from w2s_jax.hub import TOKENIZER_FILES
+from w2s_jax.progress import say
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,6 +41,11 @@ def paths(tree: dict, prefix: str = "") -> dict:
     for key, value in tree.items():
         flat |= paths(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def is_adapter(path: str) -> bool:
+    """Whether the parameter at `path` belongs to a low-rank adapter, which no checkpoint of a model holds (models.lora)."""
+    return path.endswith(("/lora_a", "/lora_b"))
 
 
 def nest(flat: dict) -> dict:
@@ -110,12 +117,17 @@ class Checkpoint:
         self._opened.clear()
 
 
+def stored_dtype(folder) -> str:
+    """bfloat16 where all tensors of the checkpoint in `folder` are, else float32."""
+    return "bfloat16" if {t.dtype for t in Checkpoint(Path(folder)).tensors.values()} == {"BF16"} else "float32"
+
+
 def names_of(abstract: dict, config, family, prefix: str) -> dict[str, list[str | None] | str]:
     """Path of each parameter that a checkpoint holds -> name of its tensor, or the list of its layers' names.
 
     `abstract`: flat params; a name is None where a layer has no such tensor (the norm before the first attention).
     """
-    if unknown := [path for path in abstract if path not in family.names and not path.startswith("head/")]:
+    if unknown := [path for path in abstract if path not in family.names and not path.startswith("head/") and not is_adapter(path)]:
         raise ValueError(f"{family.model_type}: parameters without a name in the checkpoint: {sorted(unknown)}")
     names = {}
     for path, name in family.names.items():
@@ -144,10 +156,16 @@ def _transposed(path: str, family) -> bool:
     return family.transposed and path.endswith("kernel")
 
 
+def _own_head(checkpoint: Checkpoint, family) -> list[str]:
+    """Tensors of the head of transformers' class for classification, which a checkpoint may have been saved with."""
+    module = family.classifier[1].split(".")[0]
+    return [name for name in checkpoint.tensors if name.startswith(f"{module}.")]
+
+
 def _differences(folder: Path, checkpoint: Checkpoint, wanted: dict[str, tuple], family) -> None:
     """UserError with both sides of the difference between the tensors there and those `wanted` (name -> shape)."""
     there = checkpoint.tensors
-    surplus = [n for n in there if n not in wanted and not re.fullmatch(family.ignored, n)]
+    surplus = [n for n in there if n not in wanted and not re.fullmatch(family.ignored, n) and n not in _own_head(checkpoint, family)]
     missing = [n for n in wanted if n not in there]
     shapes = [f"{n} {list(there[n].shape)} where config.json says {list(s)}" for n, s in wanted.items()
               if n in there and there[n].shape != s]
@@ -167,8 +185,8 @@ def load(folder, model, family, shardings: dict | None, key) -> dict:
 
     `shardings`: nested dict of jax.sharding.Sharding like the params (default: one device); each device reads only its
     slice. Tensors are cast to the model's parameter type, layers stacked as they are read: the host holds one tensor, or
-    AT_ONCE bytes of layers, at a time. `key`: random key of the head's initialisation (the head is what model.init(key)
-    makes). UserError: missing, surplus or mis-shaped tensors (all of them in one message), a type other than F32, F16,
+    AT_ONCE bytes of layers, at a time. `key`: random key of the head's and the adapters' initialisation (they are what
+    model.init(key) makes). UserError: missing, surplus or mis-shaped tensors (all of them in one message), a type other than F32, F16,
     BF16, a file that cannot be read.
     """
     folder = Path(folder)
@@ -181,6 +199,8 @@ def load(folder, model, family, shardings: dict | None, key) -> dict:
         shape = abstract[path].shape if layer is None else abstract[path].shape[1:]
         wanted[name] = shape[::-1] if _transposed(path, family) else shape
     _differences(folder, checkpoint, wanted, family)
+    if own := _own_head(checkpoint, family):
+        say(f"{folder}: its own classification head ({', '.join(own)}) is not used: a new one is made")
 
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = paths(shardings) if shardings is not None else {}
@@ -244,11 +264,11 @@ def load(folder, model, family, shardings: dict | None, key) -> dict:
     for path in names:
         params[path] = read(path)
         checkpoint.release()
-    if "head" in model.abstract:
-        head = paths(model.init_head(jax.random.key(0) if key is None else key))
-        if key is None and any(np.asarray(leaf).any() for leaf in head.values()):
-            raise ValueError("load needs a key: this head's initialisation is random")
-        params |= {f"head/{k}": jax.device_put(v, placed.get(f"head/{k}", default)) for k, v in head.items()}
+    if abstract.keys() - names.keys():
+        new = paths(model.init_new(jax.random.key(0) if key is None else key))
+        if key is None and any(np.asarray(leaf).any() for leaf in new.values()):
+            raise ValueError("load needs a key: the initialisation of this model's head or adapters is random")
+        params |= {path: jax.device_put(leaf, placed.get(path, default)) for path, leaf in new.items()}
     return nest(params)
 
 
@@ -279,8 +299,8 @@ class Entry(NamedTuple):
 
 
 def entries(params: dict, config, family) -> dict[str, Entry]:
-    """Name of the tensor -> Entry, for every parameter but the head's, in the checkpoint's own orientation."""
-    flat = {path: leaf for path, leaf in paths(params).items() if not path.startswith("head/")}
+    """Name of the tensor -> Entry, for every parameter of the pretrained model, in the checkpoint's own orientation."""
+    flat = {path: leaf for path, leaf in paths(params).items() if not path.startswith("head/") and not is_adapter(path)}
     whole: dict = {}
 
     def get(path, layer):
@@ -311,9 +331,9 @@ def save(folder, params: dict, raw: dict, config, family, tokenizer_files_from=N
 
 
 def write(folder, tensors: dict[str, Entry], files: dict[str, str | bytes], tokenizer_files_from=None) -> None:
-    """A folder with `tensors` in model.safetensors (several files and an index above SHARD bytes), `files` by name, and the
-    tokenizer files of another folder. Atomic: it appears, or replaces another, when everything is written. In an object store,
-    which renames nothing, it is written here first and copied then."""
+    """A folder with `tensors` in model.safetensors (several files and an index above SHARD bytes, none without tensors), `files`
+    by name, and the tokenizer files of another folder. Atomic: it appears, or replaces another, when everything is written. In an
+    object store, which renames nothing, it is written here first and copied then."""
     if is_object_store(folder):
         with tempfile.TemporaryDirectory() as local:
             write(Path(local) / "model", tensors, files, tokenizer_files_from)
@@ -328,6 +348,7 @@ def write(folder, tensors: dict[str, Entry], files: dict[str, str | bytes], toke
         shards[-1].append(name)
         size += entry.size
     names = [SINGLE] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if tensors else []
 
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

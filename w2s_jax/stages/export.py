@@ -1,5 +1,6 @@
 """Export a trained run as a folder in Hugging Face's format: transformers' own class for sequence classification where it
-has one that reads what the run's head reads, else the backbone beside the head, in `score.safetensors`.
+has one that reads what the run's head reads, else the backbone beside the head, in `score.safetensors`. Adapters are merged
+into the matrices, or, with `merge=False`, written alone in PEFT's format.
 
 Writes `<workdir>/model/`: config.json, safetensors, the tokenizer's files, and a README.md with the lines of Python that
 compute the run's logits (tests/test_export.py runs them).
@@ -20,10 +21,10 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from w2s_jax import __version__, hub, models, registry, runlog, workload
+from w2s_jax import __version__, hub, models, peft, registry, runlog, workload
 from w2s_jax.errors import UserError
 from w2s_jax.files import plain
-from w2s_jax.models import weights
+from w2s_jax.models import heads, weights
 from w2s_jax.models.families import Family, qwen1
 from w2s_jax.progress import Progress, say
 from w2s_jax.runlog import Run
@@ -36,17 +37,20 @@ SAMPLE = "The answer is: 42, isn't it?"  # cut by two readers of one tokenizer, 
 
 def identity(config, planned: dict | None = None) -> dict:
     """What the export is: the run. `planned` = the runs that a sweep will make, by path."""
-    return plain({"stage": "export", "run": workload.fingerprint_run(config.run, planned)})
+    return plain({"stage": "export", "run": workload.fingerprint_run(config.run, planned), "merge": config.merge})
 
 
 def run(config, workdir, *, rerun: bool = False, **_) -> dict:
     """Write `<workdir>/model/` and return the results.
 
     Raises:
-      UserError: the run has no checkpoint, its base model changed, or `workdir` holds something else.
+      UserError: the run has no checkpoint, its base model changed, or `workdir` holds something else; merge=False, and the run
+        has no adapters, or transformers has no class that reads what its head reads.
     """
     start = time.perf_counter()
     source = runlog.load_done(config.run, "finetune")
+    if not config.merge and source.config.train != "lora":
+        raise UserError(f"merge=False: {config.run} trained train={source.config.train}, expected a run with adapters (train=lora)")
     ident = identity(config)
     target = epath.Path(workdir).expanduser() / "model"
     if (target.parent / "config.json").exists():  # nothing is loaded for what is done
@@ -64,14 +68,26 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
 
 def _run(config, workdir, source, loaded: workload.Loaded, tokenizer_files: str, ident: dict, rerun: bool, start: float) -> dict:
     target = epath.Path(workdir).expanduser() / "model"
+    lora = workload.lora(source.config)
+    if lora and config.merge:
+        loaded = replace(loaded, params=models.merge(loaded.params, lora))
     raw, arch, family, params = _as_transformers_has_it(loaded)
-    form = _form(loaded, raw, family, tokenizer_files, source.config.param_dtype)
+    form = _form(loaded, raw, family, tokenizer_files, str(loaded.model.param_dtype))
     head = _head(loaded, form)
-    tensors = weights.entries(params, arch, form.family)
-    files = {"config.json": json.dumps(form.raw, indent=2, sort_keys=True) + "\n", "README.md": readme(form, loaded, source)}
+    if not config.merge:
+        if form.kind != "classifier" or family.model_type != models.read_raw(loaded.folder)["model_type"]:
+            raise UserError(f"merge=False: {form.reason or 'transformers has no class for this family'}; expected merge=True")
+        settings, adapter = models.adapter_files(loaded.params, loaded.model, lora, source.config.model, loaded.folder.commit)
+        form = replace(form, kind="adapter", base=source.config.model)
+        tensors, head = {}, {}
+        files = {peft.CONFIG: json.dumps(settings, indent=2, sort_keys=True) + "\n", peft.TENSORS: adapter,
+                 "README.md": readme(form, loaded, source)}
+    else:
+        tensors = weights.entries(params, arch, form.family)
+        files = {"config.json": json.dumps(form.raw, indent=2, sort_keys=True) + "\n", "README.md": readme(form, loaded, source)}
     if form.kind == "classifier":
         tensors |= {name: weights.Entry(array.nbytes, lambda array=array: array) for name, array in head.items()}
-    else:
+    elif form.kind == "backbone":
         files[SCORE] = save(head, metadata={"format": "pt"})
     with Run.open(workdir, config, ident, rerun=rerun) as run_:
         run_.start({"mesh": dict(loaded.mesh.shape), "lesser_sharding": loaded.replicated, "parents": [config.run],
@@ -87,7 +103,7 @@ def _run(config, workdir, source, loaded: workload.Loaded, tokenizer_files: str,
             "class": form.name, "kind": form.kind, "classes": loaded.model.classes, "readout": loaded.model.readout,
             "dtype": form.raw["dtype"], "pad_token_id": form.pad, "tokenizer": _has_tokenizer(tokenizer_files),
             "parameters": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(loaded.model.abstract)),
-            "bytes": sum(entry.size for entry in tensors.values()), "seconds": time.perf_counter() - start}
+            "bytes": sum(entry.size for entry in tensors.values()) or len(files[peft.TENSORS]), "seconds": time.perf_counter() - start}
         run_.finish(results)
     say(f"{workload.shown(workdir)}: {workload.shown(config.run)} is in {target}, {summary(results)}")
     return results
@@ -95,7 +111,7 @@ def _run(config, workdir, source, loaded: workload.Loaded, tokenizer_files: str,
 
 def summary(results: dict) -> str:
     """The line that a finished run prints."""
-    what = results["class"] + ("" if results["kind"] == "classifier" else f" and {SCORE}")
+    what = results["class"] + {"classifier": "", "backbone": f" and {SCORE}", "adapter": ", adapters alone"}[results["kind"]]
     return (f"{what}, {results['classes']} classes, {results['parameters']} parameters, {results['bytes'] / 1e6:.4g} MB of "
             f"{results['dtype']}, {'with' if results['tokenizer'] else 'without'} a tokenizer")
 
@@ -116,7 +132,8 @@ def _where(config, source):
 class Form:
     """How a run is written.
 
-    `kind`: classifier (transformers' class for it) | backbone (its base class and score.safetensors). `name`: the class;
+    `kind`: classifier (transformers' class for it) | backbone (its base class and score.safetensors) | adapter (PEFT's files, for
+    the model `base`). `name`: the class;
     `reason`: why it is no classifier. `family`: whose names the tensors get. `raw`: config.json. `pad`: id of the padding
     token, None = there is none; `pad_from`: what it is else. `tokenizer`, `special`, `cut`: see `_tokenizer`.
     """
@@ -131,6 +148,7 @@ class Form:
     tokenizer: Any
     special: bool
     cut: str
+    base: str = ""
 
 
 def _form(loaded: workload.Loaded, raw: dict, family: Family, tokenizer_files: str, dtype: str) -> Form:
@@ -230,21 +248,12 @@ def _padding(raw: dict, tokenizer, arch, closing: int | None = None) -> tuple[in
 
 
 def _head(loaded: workload.Loaded, form: Form) -> dict[str, np.ndarray]:
-    """The head's tensors, contiguous [outputs, inputs], by the names of transformers' class; its bias, which ours has not, is 0."""
+    """The head's tensors, by the names of transformers' class."""
     head = jax.device_get(loaded.params["head"])
-    score = {"score.weight": np.ascontiguousarray(head["kernel"].T)}
     if form.kind != "classifier":
         assert not loaded.model.pooled, "a class that has the pooler reads it too"
-        return score
-    name = form.family.classifier[1]
-    tensors = {name: score["score.weight"]}
-    if name != "score.weight":
-        tensors[name.replace("weight", "bias")] = np.zeros(loaded.model.classes, np.float32)
-    if "pooler" in head:  # RoBERTa's: trained from scratch, beside the head
-        dense = head["pooler"]["dense"]
-        beside = name.split(".")[0]
-        tensors |= {f"{beside}.dense.weight": np.ascontiguousarray(dense["kernel"].T), f"{beside}.dense.bias": dense["bias"]}
-    return tensors
+        return {"score.weight": np.ascontiguousarray(head["kernel"].T)}
+    return heads.tensors(head, form.family.classifier[1], loaded.model.classes)
 
 
 # --------------------------------------------------------------------------- README.md
@@ -279,6 +288,22 @@ def logits(input_ids, attention_mask):
     {read}
     return x @ score.T
 """
+_ADAPTER = """\
+import torch
+from peft import PeftModel
+from transformers import {imports}
+
+folder = "."  # where this file lies
+base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={classes}, {options})
+base.config.pad_token_id = {pad}
+model = PeftModel.from_pretrained(base, folder).eval()
+
+
+@torch.no_grad()
+def logits(input_ids, attention_mask):
+    \"\"\"Token ids, padded on the right, and 1 where they are real, [documents, tokens] -> [documents, classes].\"\"\"
+    return model(input_ids=input_ids, attention_mask=attention_mask).logits
+"""
 _READ = {
     "last": "x = x[torch.arange(len(x)), attention_mask.sum(1) - 1]  # the last real token",
     "first": "x = x[:, 0]  # the first token",
@@ -304,15 +329,16 @@ print(logits(torch.tensor(input_ids), torch.tensor(attention_mask)))
 def _snippet(form: Form, loaded: workload.Loaded) -> str:
     """Lines of Python that define `logits` and call it, run in the folder."""
     model, texts = loaded.model, form.tokenizer is not None
-    auto = {"classifier": "AutoModelForSequenceClassification", "backbone": "AutoModel"}[form.kind]
+    auto = "AutoModel" if form.kind == "backbone" else "AutoModelForSequenceClassification"
     options = ["dtype=torch.float32"]
     if model.config.attention_cap is not None:  # the only implementation that has it
         options.append('attn_implementation="eager"')
     if form.kind == "backbone" and form.family.model_type in ("bert", "roberta"):
         options.append("add_pooling_layer=False")
-    head = {"classifier": _CLASSIFIER, "backbone": _BACKBONE}[form.kind].format(
-        imports=", ".join([auto] + ["AutoTokenizer"] * texts), options=", ".join(options), read=_READ[model.readout])
-    alone = form.kind == "classifier" and form.pad is None
+    head = {"classifier": _CLASSIFIER, "backbone": _BACKBONE, "adapter": _ADAPTER}[form.kind].format(
+        imports=", ".join([auto] + ["AutoTokenizer"] * texts), options=", ".join(options), read=_READ[model.readout],
+        base=form.base, classes=model.classes, pad=form.pad)
+    alone = form.kind != "backbone" and form.pad is None
     if texts:
         options = "" if form.special else "add_special_tokens=False, "
         if alone:
@@ -336,21 +362,22 @@ def readme(form: Form, loaded: workload.Loaded, source) -> str:
     notes.append(form.cut)
     notes.append(f"A document has at most {model.config.max_positions} tokens; the run had max_length={trained.max_length}, "
                  f"overlong={trained.overlong}.")
-    if form.kind == "classifier" and model.config.causal:
+    if form.kind != "backbone" and model.config.causal:
         notes.append(
             f"`{form.name}` reads the last token that is not `pad_token_id` = {form.pad} ({form.pad_from}), whatever the attention mask "
             "says: pad with that token, and let no document end with it, or a token before it is read." if form.pad is not None else
             f"`{form.name}` finds the end of a document by `pad_token_id`, and no token of this model can serve for padding: give it one "
             "document at a time.")
-    if form.kind == "classifier" and not form.family.classifier[1].startswith("score"):
+    if form.kind != "backbone" and not form.family.classifier[1].startswith("score"):
         notes.append("The run's head has no bias: that of the class is 0.")
     if form.raw["dtype"] != "float32":
         notes.append(f"Weights are {form.raw['dtype']}, the head's float32: transformers rounds that too without `dtype=torch.float32`.")
     if trained.dtype != "float32":
         notes.append(f"The run computed in {trained.dtype}: its own predictions are rounded more than these logits.")
     if form.kind == "classifier":
-        notes.append("w2s_jax itself does not take this folder as a `model` (it begins with a new head, and drops no tensor in silence); "
-                     "it labels and predicts with the run.")
+        notes.append("w2s_jax takes this folder as a `model`, with a new head; it labels and predicts with the run.")
+    elif form.kind == "adapter":
+        notes.append(f"The adapters and the head are for {form.base}; w2s_jax starts from them with train=lora, lora.init=<this folder>.")
     else:
         notes.append(f"w2s_jax takes this folder as a `model` (with a new head, readout={model.readout}).")
     return (f"# {workload.shown(source.path)}\n\nA classifier of {model.classes} classes, trained by w2s_jax {__version__}: {base} on "

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from w2s_jax import config as config_lib
-from w2s_jax import forward, losses, metrics, optimizers, train, workload
+from w2s_jax import forward, losses, metrics, optimizers, peft, selection, train, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import labels as labels_lib
 from w2s_jax.data import packing, splits
@@ -23,16 +23,22 @@ from w2s_jax.runlog import Run
 
 def identity(config, planned: dict | None = None, task: str | None = None) -> dict:
     """What the run is; `planned` = the runs that a sweep will make, `task` = its fingerprint where it is known."""
-    return config_lib.identity(config, {
+    ident = config_lib.identity(config, {
         "model": workload.fingerprint_model(config.model, config.revision, planned),
         "task": task or workload.fingerprint_task(config, planned),
-        "labels": workload.fingerprint_labels(config.labels, planned)})
+        "labels": workload.fingerprint_labels(config.labels, planned),
+        "stats_labels": workload.fingerprint_labels(config.stats_labels, planned)})
+    if ident["lora"]:
+        ident["lora"]["init"] = f"sha256:{peft.fingerprint(config.lora.init)}" if config.lora.init else ""
+    return ident
 
 
-def _training_examples(prepared, labels, folder, limits, vocab, notes) -> tuple[Examples, Examples | None, dict]:
-    """Training documents with the labels that are trained on, validation documents (None without), and what was dropped."""
+def _training_examples(prepared, labels, folder, limits, vocab, notes) -> tuple[Examples, Examples | None, np.ndarray, dict]:
+    """Training documents with the labels that are trained on (those that these weigh 0 are left out), validation documents with
+    their truth (None without), the labels that would be trained on of these, `[documents, classes]`, and what was dropped."""
     parts = workload.training_parts(prepared, labels, folder, limits, vocab, notes)
-    fit, dropped = parts.given.select(range(len(parts.train))), parts.dropped
+    n, dropped = len(parts.train), parts.dropped
+    fit = parts.given.select(range(n))
     if fit.weights is not None:
         kept = np.flatnonzero(fit.weights > 0)
         dropped["filtered"] = len(fit) - len(kept)
@@ -40,7 +46,7 @@ def _training_examples(prepared, labels, folder, limits, vocab, notes) -> tuple[
         if not len(kept):
             raise UserError(f"labels: {labels.path} leaves no training document: all {len(fit)} have weight 0")
         fit = fit.select(kept)
-    return fit, parts.val if len(parts.val) else None, dropped
+    return fit, parts.val if len(parts.val) else None, parts.given.soft_labels[n:], dropped
 
 
 def run(config, workdir, *, rerun: bool = False, prepared: splits.Prepared | None = None, labels: labels_lib.Labels | None = None,
@@ -70,7 +76,7 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     if labels and labels.probs.shape[1] != model.classes:
         raise UserError(f"labels: {labels.path} has {labels.probs.shape[1]} classes, expected {model.classes}")
     limits = workload.Limits(config.max_length, model.config.max_positions, config.overlong)
-    fit, val, dropped = _training_examples(prepared, labels, loaded.folder, limits, model.config.vocab, notes)
+    fit, val, given, dropped = _training_examples(prepared, labels, loaded.folder, limits, model.config.vocab, notes)
     test, test_counts = workload.tokenized(prepared.test, loaded.folder, limits, model.config.vocab, "test", notes)
     for name, part, labelled in (("train", fit, not labels), ("test", test, True)):  # the over-long are gone now
         splits.check_usable(part, name, config, labelled, f", max_length={config.max_length}")
@@ -82,7 +88,7 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     if config.warmup_steps >= len(batches):
         raise UserError(f"warmup_steps={config.warmup_steps}: expected fewer than the run's {len(batches)} steps")
     truth = not config.labels
-    loss = losses.make(config.loss, config_lib.loss_args(config), ground_truth=truth, label_stats=losses.label_statistics(fit.soft_labels))
+    loss = losses.make(config.loss, config_lib.loss_args(config), ground_truth=truth, label_stats=_statistics(config, fit))
     optimizer = optimizers.make(config.optimizer, config_lib.optimizer_args(config), weight_decay=config.weight_decay,
                                 grad_clip=config.grad_clip)
     notes += [notice for notice in (loss.notice, optimizer.notice) if notice]
@@ -104,12 +110,13 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
         say(f"{workload.shown(workdir)}: {workload.shown(config.model)} on {workload.shown(config.task)}, loss {config.loss}, "
             f"{len(fit)} documents, {len(batches)} steps of {config.batch_size}, "
             f"shapes {', '.join(f'{s.rows}x{s.time}' for s in plan.shapes)}, padding {plan.padding_fraction:.1%}")
-        evaluator = _Evaluator(config, model, mesh, {"val": val, "test": test}, stats)
+        evaluator = _Evaluator(config, model, mesh, {"val": val, "test": test}, given, stats)
         params = train.train(config, program, loaded.params, corpus, plan, rates, run_, on_eval=evaluator,
                              label=f"train {config.loss}", stats=stats)
         results = evaluator.final(params, run_)
         results |= {
             "n_train": len(fit), "n_unused": int(len(fit) * config.epochs) - sum(len(b) for b in batches), "steps": len(batches),
+            "selected": {"select": config.select, "oracle": config.select == "oracle"} | stats.get("selected", {"step": len(batches)}),
             "n_dropped": dropped, "n_dropped_test": test_counts, "padding_fraction": plan.padding_fraction,
             "programs": len(stats.get("programs", ())), "compile_seconds": stats.get("compile_seconds", 0.0),
             "seconds": time.perf_counter() - start,
@@ -122,11 +129,23 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     return results
 
 
-class _Evaluator:
-    """Evaluations of the validation and test documents; each set is packed once."""
+def _statistics(config, fit: Examples) -> dict:
+    """What the loss may ask of a label set: of the labels trained on, or of those of the same documents in `config.stats_labels`."""
+    if not config.stats_labels:
+        return losses.label_statistics(fit.soft_labels)
+    given = labels_lib.read(config.stats_labels)
+    at = {i: row for row, i in enumerate(given.ids)}
+    if absent := [i for i in fit.ids if i not in at]:
+        raise UserError(f"stats_labels: {given.path} has no label for {len(absent)} of {len(fit)} documents, the first {absent[0]!r}")
+    return losses.label_statistics(given.probs[[at[i] for i in fit.ids]])
 
-    def __init__(self, config, model, mesh, sets: dict, stats: dict):
-        self.config, self.model, self.mesh, self.stats = config, model, mesh, stats
+
+class _Evaluator:
+    """Evaluations of the validation and test documents; each set is packed once. `given`: the validation documents' labels as they
+    would be trained on."""
+
+    def __init__(self, config, model, mesh, sets: dict, given: np.ndarray, stats: dict):
+        self.config, self.model, self.mesh, self.given, self.stats = config, model, mesh, given, stats
         self.sets = {k: v for k, v in sets.items() if v is not None and len(v)}
         self.packed: dict = {}
 
@@ -139,11 +158,16 @@ class _Evaluator:
         return forward.forward(self.model, params, self.packed[name], len(examples), self.mesh, stats=self.stats)
 
     def __call__(self, params) -> dict:
-        """Accuracy and AUROC of each set, for metrics.jsonl."""
-        row = {}
+        """Accuracy and AUROC of each set, for metrics.jsonl; where a step is selected, of the validation documents alone, and its score."""
+        row, selects = {}, self.config.select != "last"
         for name, examples in self.sets.items():
-            result = workload.evaluate(self._logits(name, params), examples)
+            if selects and name == "test":  # it is often the larger set, and must not play a part
+                continue
+            logits = self._logits(name, params)
+            result = workload.evaluate(logits, examples)
             row |= {f"{name}_{k}": result.get(k) for k in ("accuracy", "auroc")}
+            if selects:
+                row["select_score"] = selection.score(self.config.select, logits, self.given, examples.labels)
         say(", ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None))
         return row
 

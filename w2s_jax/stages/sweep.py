@@ -1,4 +1,4 @@
-"""Run a graph of runs in this process: pretraining, ground truth, labels, students, then the report.
+"""Run a graph of runs in this process (pretraining, ground truth, labels, students and what they are compared with), then the report.
 
 Every run is a directory of its own and is made once; what is done is skipped, so a sweep that was killed goes on.
 Compiled programs are shared between runs of equal shapes.
@@ -9,8 +9,8 @@ from __future__ import annotations
 from etils import epath
 
 from w2s_jax import config as config_lib
+from w2s_jax import experiment, runlog, stages, workload
 from w2s_jax import graph as graph_lib
-from w2s_jax import runlog, stages, workload
 from w2s_jax.errors import UserError
 from w2s_jax.files import write_json
 from w2s_jax.progress import Progress, say
@@ -31,7 +31,7 @@ def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> 
       UserError: a config that does not fit together; runs that failed, after all others were made.
     """
     root = epath.Path(workdir).expanduser()
-    graph = graph_lib.build(config, root, stages.identity)
+    graph = experiment.build(config, root, stages.identity)
     states = {name: runlog.state(root / name) for name in graph.nodes}
     say(f"{root}: {len(graph.nodes)} runs, {sum(s == 'done' for s in states.values())} of them done; "
         f"checkpoints will take about {_disk(graph, root) / 1e6:,.0f} MB")
@@ -88,7 +88,7 @@ def _size(graph: graph_lib.Graph, root, node: graph_lib.Node) -> float:
     """Bytes of a run's model: one that the sweep pretrains, or one that is there."""
     if node.stage == "pretrain":
         return workload.arch_bytes(node.config)
-    if node.stage == "label":
+    if node.stage in ("label", "ensemble"):
         return _size(graph, root, graph.nodes[node.parents[0]])
     made = next((p for p in node.parents if str(root / p / "model") == node.config.model), None)
     return _size(graph, root, graph.nodes[made]) if made else workload.model_bytes(node.config.model, node.config.revision)
@@ -96,9 +96,15 @@ def _size(graph: graph_lib.Graph, root, node: graph_lib.Node) -> float:
 
 def _work(graph: graph_lib.Graph, root, node: graph_lib.Node) -> float:
     """How long a run takes compared with the others, roughly: bytes of the model times places for tokens, three for each trained on."""
+    if node.stage == "ensemble":
+        return 0.0
     if node.stage == "label":
         trained = graph.nodes[node.parents[0]].config
         places = trained.max_length * trained.n_train / 2
+    elif node.stage == "probe":  # the first of a model's; the others find its features
+        places = node.config.max_length * (node.config.n_train / 2 + node.config.n_test)
+    elif node.stage == "prompt":
+        places = node.config.max_length / 8 * node.config.n_test * (2 + node.config.shots)
     elif node.stage == "pretrain":
         places = 3 * node.config.max_length * node.config.steps * node.config.batch_size
     else:
