@@ -17,6 +17,8 @@ from w2s_jax.config import shipped
 
 
 def get_config(arg: str = ""):
+    if arg not in ("", "logconf", "runlocal", "logconf,runlocal"):
+        raise ValueError(f"configs/eleuther.py takes ':logconf', ':runlocal' or ':logconf,runlocal', got ':{arg}'")
     name, _, rest = arg.partition(",") if arg.startswith("logconf") else ("", "", arg)
     c = shipped("finetune", rest)
     c.dtype = "bfloat16"

@@ -32,7 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.lora.targets = placeholder(str)  # all-linear, ends of names as in the checkpoint (q_proj,v_proj), or a regex over whole names
     c.lora.rslora = placeholder(bool)  # scale by alpha/sqrt(rank) instead (False)
     c.lora.init = placeholder(str)  # start from this adapter: a folder in PEFT's format
-    c.head_init = "zeros"  # zeros | normal (0.02) | small (0.0002, as EleutherAI/w2s)
+    c.head_init = "zeros"  # zeros | normal (0.02) | small (0.0002, EleutherAI/w2s) | unembedding (of the two answers; Burns et al. 2023)
+    c.answers = ("0", "1")  # head_init=unembedding: the single tokens that stand for class 0 and class 1 (of a decoder)
     c.readout = "auto"  # what the head reads: auto (a decoder's last token; as an encoder's own classifier) | last | mean | first
 
     # Data

@@ -1,10 +1,10 @@
-"""Report on a sweep: tables and plots of accuracy, AUROC and PGR with intervals, and student-supervisor agreement.
+"""Report on a sweep: accuracy, AUROC and PGR with intervals, methods compared, agreement, inherited errors, misfit, calibration.
 
     python -m w2s_jax.main --config=configs/report.py --workdir=runs/sweep
 
-Writes report/ under the workdir: report.md, table.csv, by_seed.csv, agreement.csv, {accuracy,auroc,pgr}.{png,svg}, and
-prints the tables. A sweep that is not finished is reported as far as it is, and the runs that lack are listed. Three runs
-that no sweep made are compared with
+Writes report/ under the workdir: report.md, {table,by_seed,agreement,misfit,calibration,reliability,tests}.csv,
+{accuracy,auroc,pgr,misfit,reliability}.{png,svg}, and prints the tables. A sweep that is not finished is reported as far as
+it is, and the runs that lack are listed. Three runs that no sweep made are compared with
 
     python -m w2s_jax.main --config=report --config.weak=runs/a --config.ceiling=runs/b --config.student=runs/c --workdir=runs/abc
 """

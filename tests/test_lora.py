@@ -107,15 +107,19 @@ def registry_filled(config):
     return registry.fill(config)
 
 
-@pytest.mark.parametrize("case, targets", [
-    ("llama", "all-linear"), ("gpt2", "all-linear"), ("bert", "all-linear"), ("bert", "intermediate.dense"), ("roberta", "output.dense"),
-    ("gemma2", "q_proj,down_proj"), ("modernbert", "all-linear"),
+@pytest.mark.parametrize("case, targets, dtype", [
+    ("llama", "all-linear", "bfloat16"), ("gpt2", "all-linear", "float32"), ("bert", "all-linear", "float32"),
+    ("bert", "intermediate.dense", "float32"), ("roberta", "output.dense", "float32"), ("gemma2", "q_proj,down_proj", "float32"),
+    ("modernbert", "all-linear", "float32"),
 ])
-def test_a_run_in_pefts_format(case, targets, task, tmp_path, monkeypatch, capsys):
+def test_a_run_in_pefts_format(case, targets, dtype, task, tmp_path, monkeypatch, capsys):
     """README.md's lines give the run's logits with PEFT, and a further run starts where this one ended."""
     pytest.importorskip("peft")
     base = test_export.base_model(case, tmp_path / "base")
-    keys = KEYS | {"lora__targets": targets, "learning_rate": 6e-2}
+    keys = KEYS | {"lora__targets": targets, "learning_rate": 6e-2, "param_dtype": "auto"}
+    if dtype == "bfloat16":
+        tensors = load_file(base / "model.safetensors")
+        save_file({k: v.astype(jnp.bfloat16) for k, v in tensors.items()}, base / "model.safetensors")
     if case.split()[0] == "roberta":
         keys |= {"readout": "auto"}
     run = test_export.train(base, task, tmp_path / "run", **keys)

@@ -87,7 +87,7 @@ def test_replicates_equal_the_metric_on_the_drawn_documents(ties):
     boot = metrics.Bootstrap(groups, seed=3, replicates=100)
     codes = boot.codes(groups)
     accuracy, auroc = boot.accuracy(logits, labels, codes), boot.auroc(logits, labels, codes)
-    weights = np.concatenate(list(boot.weights()))
+    weights = np.concatenate(list(boot.counts()))
     assert weights.shape == (100, 14) and (weights.sum(1) == 14).all()
     for replicate in range(100):
         rows = np.repeat(np.arange(40), weights[replicate, codes].astype(int))
@@ -97,10 +97,10 @@ def test_replicates_equal_the_metric_on_the_drawn_documents(ties):
 
 def test_draws_are_the_same_whether_remembered_or_not(monkeypatch):
     kept = metrics.Bootstrap([str(i) for i in range(30)], seed=1, replicates=150)
-    first, second = (np.concatenate(list(kept.weights())) for _ in range(2))
+    first, second = (np.concatenate(list(kept.counts())) for _ in range(2))
     monkeypatch.setattr(metrics, "_KEEP", 0)
     fresh = metrics.Bootstrap([str(i) for i in range(30)], seed=1, replicates=150)
-    assert (first == second).all() and (first == np.concatenate(list(fresh.weights()))).all() and not fresh._kept
+    assert (first == second).all() and (first == np.concatenate(list(fresh.counts()))).all() and not fresh._kept
     assert len(np.unique(first, axis=0)) == 150  # the chunks do not repeat each other
 
 
@@ -175,7 +175,7 @@ def test_pgr_replicates_by_brute_force():
     codes = boot.codes(groups)
     estimates = [[metrics.estimate(boot, "accuracy", run, labels, codes) for run in role] for role in (weak, student, ceiling)]
     out, ratios = metrics.pgr_and_replicates(*estimates, seed=5)
-    weights, seeds = np.concatenate(list(boot.weights())), metrics._drawn_seeds(5, 3, 80)
+    weights, seeds = np.concatenate(list(boot.counts())), metrics._drawn_seeds(5, 3, 80)
     assert len(np.unique(seeds)) == 3
     expected = np.full(80, np.nan)
     for r in range(80):

@@ -7,99 +7,32 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from ml_collections import ConfigDict
+import sweeps
 
-from w2s_jax import comparison, metrics, tables
-from w2s_jax.data.examples import Examples, one_hot
-from w2s_jax.data.labels import write_predictions
+from w2s_jax import comparison, metrics, predictions, tables
+from w2s_jax import pairs as pairs_lib
 from w2s_jax.errors import UserError
 from w2s_jax.stages import report
 
 TRIO = ("weak", "student", "ceiling")
-SKILL = {"small": 0.70, "medium": 0.80, "large": 0.95}
-
-
-def documents(n: int, split: str = "test", task: str = "sciq"):
-    """Two documents a group; label = parity."""
-    ids = [f"{task}/{split}/{i}/0" for i in range(n)]
-    return ids, [f"What is {i}?" for i in ids], np.arange(n) % 2, [f"q{i // 2}" for i in range(n)]
-
-
-def logits(labels, right, margin=1.0) -> np.ndarray:
-    """Float32 logits that predict the label where `right`, the other class elsewhere."""
-    sign = np.where(np.asarray(right, bool) == (labels == 1), 1.0, -1.0)
-    score = sign * margin
-    return np.stack([-score / 2, score / 2], 1).astype(np.float32)
-
-
-def write_run(folder: Path, config: dict, split: str, ids, texts, labels, groups, values, done=True) -> None:
-    (folder / "predictions").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"config": config, "identity": config, "parents": {}}))
-    write_predictions(folder / "predictions" / f"{split}.parquet", Examples(ids, texts, None, one_hot(labels), groups), values)
-    if done:
-        (folder / "results.json").write_text(json.dumps({"accuracy": float(np.mean(values.argmax(1) == labels))}))
-
-
-def make_root(root: Path, *, n=400, seeds=(0, 1, 2), losses=("xent", "logconf"), pairs=(("small", "large"), ("small", "medium")),
-              tasks=("sciq",), unfinished=(), skill=SKILL, drop=None) -> Path:
-    """A sweep root in the documented form. `unfinished`: run folders without results.json; `drop`: {run: documents it lacks}."""
-    rng = np.random.default_rng(0)
-    entries = []
-
-    def run(task, name, config, accuracy, split="test", base=None):
-        rel = f"{task}/{name}"
-        if not (root / rel).exists():
-            ids, texts, labels, groups = documents(n, split, task)
-            right = rng.random(n) < accuracy
-            if base is not None:  # the student repeats a part of its supervisor's errors
-                right &= (rng.random(n) < 0.6) | base
-            values = logits(labels, right, rng.uniform(0.5, 2, n))
-            keep = np.arange(n - (drop or {}).get(name, 0))
-            write_run(root / rel, config, split, [ids[i] for i in keep], [texts[i] for i in keep], labels[keep],
-                      [groups[i] for i in keep], values[keep], done=name not in unfinished)
-            made[rel] = right
-        return rel
-
-    made: dict = {}
-    for task in tasks:
-        for weak, strong in pairs:
-            for loss in losses:
-                for seed in seeds:
-                    small, big = ({"task": task, "seed": seed, "model": m, "loss": "xent"} for m in (weak, strong))
-                    runs = {"weak": run(task, f"finetune-{weak}-xent-s{seed}-a", small, skill[weak]),
-                            "label": run(task, f"label-{weak}-s{seed}", small, skill[weak], "b"),
-                            "ceiling": run(task, f"finetune-{strong}-xent-s{seed}-b", big, skill[strong])}
-                    runs["student"] = run(task, f"finetune-{strong}-{loss}-s{seed}-{weak}", {**big, "loss": loss}, skill[strong],
-                                          base=made[runs["weak"]])
-                    entries.append({"task": task, "weak": f"models/{weak}", "strong": f"models/{strong}", "loss": loss, "seed": seed,
-                                    "runs": runs})
-    (root / "sweep.json").write_text(json.dumps({"pairs": entries}))
-    return root
-
-
-def config(**changes) -> ConfigDict:
-    c = ConfigDict({"stage": "report", "seed": 0, "root": "", "weak": "", "ceiling": "", "student": "", "label": "", "replicates": 200,
-                    "into": ""})
-    c.update(changes)
-    return c
 
 
 def test_report_files_and_numbers(tmp_path, capsys):
-    root = make_root(tmp_path / "sweep")
-    out = report.run(config(), str(root))
+    root = sweeps.make_root(tmp_path / "sweep")
+    out = report.run(sweeps.report_config(), str(root))
     shown = capsys.readouterr().out
     folder = root / "report"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"report.md", "table.csv", "by_seed.csv", "agreement.csv",
-                     *(f"{a}.{b}" for a in ("accuracy", "auroc", "pgr") for b in ("png", "svg"))}  # fmt: skip
+    assert names == {"report.md", *(f"{a}.csv" for a in tables.FRAMES),
+                     *(f"{a}.{b}" for a in ("accuracy", "auroc", "pgr", "misfit", "reliability") for b in ("png", "svg"))}  # fmt: skip
     assert (folder / "accuracy.png").read_bytes()[:4] == b"\x89PNG" and b"<svg" in (folder / "pgr.svg").read_bytes()[:600]
     text = (folder / "report.md").read_text()
     assert "![pgr](pgr.png)" in text and "![" not in shown
     for heading in ("Median over pairs", "Accuracy", "AUROC", "Agreement with the supervisor", "By seed"):
         assert f"## {heading}\n" in text and f"## {heading}\n" in shown
     # the numbers are those of the runs
-    row = next(r for r in out["rows"] if r["strong_model"] == "large" and r["loss"] == "xent" and r["metric"] == "accuracy")
-    entry = [p for p in json.loads((root / "sweep.json").read_text())["pairs"] if p["strong"] == "models/large" and p["loss"] == "xent"]
+    row = next(r for r in out["rows"] if r["strong_model"] == "large" and r["method"] == "xent" and r["metric"] == "accuracy")
+    entry = [p for p in json.loads((root / "sweep.json").read_text())["pairs"] if p["strong"] == "models/large" and p["method"] == "xent"]
     said = {role: [json.loads((root / p["runs"][role] / "results.json").read_text())["accuracy"] for p in entry] for role in TRIO}
     mean = {role: np.mean(values) for role, values in said.items()}
     for role in TRIO:
@@ -112,40 +45,40 @@ def test_report_files_and_numbers(tmp_path, capsys):
 
 
 def test_reports_of_equal_runs_are_equal_bytes(tmp_path):
-    root = make_root(tmp_path / "sweep", seeds=(0,), losses=("xent",), pairs=(("small", "large"),), n=60)
-    report.run(config(), str(root))
+    root = sweeps.make_root(tmp_path / "sweep", seeds=(0,), methods=("xent",), pairs=(("small", "large"),), n=60)
+    report.run(sweeps.report_config(), str(root))
     first = {p.name: p.read_bytes() for p in (root / "report").iterdir()}
-    report.run(config(), str(root))
+    report.run(sweeps.report_config(), str(root))
     assert first == {p.name: p.read_bytes() for p in (root / "report").iterdir()}
 
 
 def test_the_tables_go_into_a_text_file(tmp_path):
-    root = make_root(tmp_path / "sweep", seeds=(0, 1), losses=("xent",), n=60)
+    root = sweeps.make_root(tmp_path / "sweep", seeds=(0, 1), methods=("xent",), n=60)
     page = tmp_path / "README.md"
     page.write_text("# Title\n<!-- report -->\nold\n<!-- end of report -->\nthe end\n")
     for _ in range(2):  # the second time replaces the first
-        report.run(config(into=str(page)), str(root))
+        report.run(sweeps.report_config(into=str(page)), str(root))
     text = page.read_text()
     assert text.startswith("# Title\n<!-- report -->\n") and text.endswith("<!-- end of report -->\nthe end\n")
     assert "old" not in text and text.count("| weak -> strong") == 3 and text.count("By seed:") == 1
     page.write_text("no marks")
     with pytest.raises(UserError, match="<!-- report -->"):
-        report.run(config(into=str(page)), str(root))
+        report.run(sweeps.report_config(into=str(page)), str(root))
 
 
 def test_table_is_a_frame(tmp_path):
-    root = make_root(tmp_path / "sweep", seeds=(0, 1), losses=("xent",))
+    root = sweeps.make_root(tmp_path / "sweep", seeds=(0, 1), methods=("xent",))
     frame = report.table(str(root), replicates=100)
     assert len(frame) == 2 * 2 and set(frame["metric"]) == {"accuracy", "auroc"} and set(frame["seeds"]) == {"0 1"}
     assert (frame["pgr_lo"] <= frame["pgr_hi"]).all() and {"gap_lo", "gain_hi", "undefined"} <= set(frame.columns)
-    assert set(report.table(str(root), by_seed=True, replicates=100)["seeds"]) == {"0", "1"}
+    assert set(report.table(str(root), "by_seed", replicates=100)["seeds"]) == {"0", "1"}
 
 
 def test_pgr_equals_pgr_bootstrap_on_the_same_logits(tmp_path):
-    root = make_root(tmp_path / "sweep", losses=("xent",), pairs=(("small", "large"),))
-    pairs = comparison.read_pairs(root)
-    stacks = {role: np.stack([comparison.read_predictions(root / p["runs"][role]).logits for p in pairs]) for role in TRIO}
-    first = comparison.read_predictions(root / pairs[0]["runs"]["weak"])
+    root = sweeps.make_root(tmp_path / "sweep", methods=("xent",), pairs=(("small", "large"),))
+    pairs = pairs_lib.read_pairs(root)
+    stacks = {role: np.stack([predictions.read_predictions(root / p["runs"][role]).logits for p in pairs]) for role in TRIO}
+    first = predictions.read_predictions(root / pairs[0]["runs"]["weak"])
     row = comparison.compare(root, replicates=300).rows[0]
     direct = metrics.pgr_bootstrap(stacks["weak"], stacks["student"], stacks["ceiling"], first.labels, first.groups, replicates=300)
     for key in ("weak", "student", "ceiling", "gap", "gain", "pgr"):
@@ -154,23 +87,23 @@ def test_pgr_equals_pgr_bootstrap_on_the_same_logits(tmp_path):
 
 
 def test_missing_runs_are_listed_and_other_seeds_still_reported(tmp_path, capsys):
-    root = make_root(tmp_path / "sweep", unfinished=("finetune-large-logconf-s1-small", "finetune-small-xent-s2-a"))
-    out = report.run(config(), str(root))
+    root = sweeps.make_root(tmp_path / "sweep", unfinished=("finetune-large-logconf-s1-small", "finetune-small-xent-s2-a"))
+    out = report.run(sweeps.report_config(), str(root))
     runs = {m["run"]: m for m in out["missing"]}
     assert set(runs) == {"sciq/finetune-large-logconf-s1-small", "sciq/finetune-small-xent-s2-a"}
     assert runs["sciq/finetune-small-xent-s2-a"]["blocks"] == 4 and runs["sciq/finetune-small-xent-s2-a"]["state"] == "stopped"
-    seeds = {(r["strong_model"], r["loss"]): r["seeds"] for r in out["rows"]}
+    seeds = {(r["strong_model"], r["method"]): r["seeds"] for r in out["rows"]}
     assert seeds["large", "logconf"] == [0] and seeds["large", "xent"] == [0, 1]
     shown = capsys.readouterr().out
     assert "2 runs are not done" in shown and "sciq/finetune-large-logconf-s1-small" in shown
 
 
 def test_a_median_counts_clear_pairs_only(tmp_path):
-    root = make_root(tmp_path / "sweep", skill={"small": 0.7, "medium": 0.7, "large": 0.95})
+    root = sweeps.make_root(tmp_path / "sweep", skill={"small": 0.7, "medium": 0.7, "large": 0.95})
     found = comparison.compare(root, replicates=200)
-    rows = {r["strong_model"]: r for r in found.rows if r["metric"] == "accuracy" and r["loss"] == "xent"}
+    rows = {r["strong_model"]: r for r in found.rows if r["metric"] == "accuracy" and r["method"] == "xent"}
     assert rows["large"]["gap_clear"] and not rows["medium"]["gap_clear"]
-    median = next(m for m in found.medians if m["metric"] == "accuracy" and m["loss"] == "xent")
+    median = next(m for m in found.medians if m["metric"] == "accuracy" and m["method"] == "xent")
     assert (median["n_pairs"], median["left_out"]) == (1, 1)
     assert median["pgr"] == pytest.approx(rows["large"]["pgr"]) and median["pgr_ci"] == pytest.approx(rows["large"]["pgr_ci"])
     assert rows["medium"]["undefined"] > 0.05 and rows["medium"]["pgr_ci"] is None
@@ -180,15 +113,16 @@ def test_a_median_counts_clear_pairs_only(tmp_path):
 
 
 def test_documents_that_a_run_lacks_are_counted_and_left_out_everywhere(tmp_path):
-    root = make_root(tmp_path / "sweep", seeds=(0,), losses=("xent",), pairs=(("small", "large"),), drop={"finetune-large-xent-s0-b": 30})
+    lacking = {"finetune-large-xent-s0-b": 30}
+    root = sweeps.make_root(tmp_path / "sweep", seeds=(0,), methods=("xent",), pairs=(("small", "large"),), drop=lacking)
     found = comparison.compare(root, replicates=50)
     assert {r["n_test"] for r in found.rows} == {370}
     assert len(found.notes) == 1 and "30 of 400 test documents" in found.notes[0]
 
 
 def test_unknown_labels_are_left_out_with_a_note(tmp_path):
-    root = make_root(tmp_path / "sweep", seeds=(0,), losses=("xent",), pairs=(("small", "large"),))
-    for run in {r for p in comparison.read_pairs(root) for role, r in p["runs"].items() if role != "label"}:
+    root = sweeps.make_root(tmp_path / "sweep", seeds=(0,), methods=("xent",), pairs=(("small", "large"),))
+    for run in {r for p in pairs_lib.read_pairs(root) for role, r in p["runs"].items() if role != "label"}:
         file = root / run / "predictions" / "test.parquet"
         frame = pyarrow.parquet.read_table(file).to_pandas()
         frame["label"] = frame["label"].astype("Int32")
@@ -202,31 +136,31 @@ def test_unknown_labels_are_left_out_with_a_note(tmp_path):
 
 
 def test_agreement_is_split_by_the_supervisor_being_right(tmp_path):
-    root = make_root(tmp_path / "sweep", seeds=(0,), losses=("xent",), pairs=(("small", "large"),))
-    runs = comparison.read_pairs(root)[0]["runs"]
-    student, weak, ceiling = (comparison.read_predictions(root / runs[r]) for r in ("student", "weak", "ceiling"))
+    root = sweeps.make_root(tmp_path / "sweep", seeds=(0,), methods=("xent",), pairs=(("small", "large"),))
+    runs = pairs_lib.read_pairs(root)[0]["runs"]
+    student, weak, ceiling = (predictions.read_predictions(root / runs[r]) for r in ("student", "weak", "ceiling"))
     row = comparison.compare(root, replicates=100).agreement[0]
     for role, run in (("student", student), ("ceiling", ceiling)):
         direct = metrics.agreement(run.logits.argmax(1), weak.logits.argmax(1), weak.labels)
         for part in ("all", "right", "wrong"):
             assert row[f"{role}_{part}"] == pytest.approx(direct[part])
             assert row[f"{role}_{part}_ci"][0] <= direct[part] <= row[f"{role}_{part}_ci"][1]
-    labels = comparison.read_predictions(root / runs["label"], "b")
+    labels = predictions.read_predictions(root / runs["label"], "b")
     assert row["label_accuracy"] == pytest.approx(np.mean(labels.logits.argmax(1) == labels.labels))
 
 
 def test_three_runs_without_a_sweep(tmp_path):
-    root = make_root(tmp_path / "sweep", seeds=(0,), losses=("xent",), pairs=(("small", "large"),))
-    runs = comparison.read_pairs(root)[0]["runs"]
+    root = sweeps.make_root(tmp_path / "sweep", seeds=(0,), methods=("xent",), pairs=(("small", "large"),))
+    runs = pairs_lib.read_pairs(root)[0]["runs"]
     given = {role: str(root / runs[role]) for role in ("weak", "ceiling", "student")}
-    out = report.run(config(**given), str(tmp_path / "own"))
+    out = report.run(sweeps.report_config(**given), str(tmp_path / "own"))
     assert (tmp_path / "own" / "report" / "report.md").exists()
     assert out["rows"][0]["pgr"] == pytest.approx(comparison.compare(root, replicates=200).rows[0]["pgr"])
 
 
 def damage(root: Path, kind: str) -> None:
     """Spoils one file of a root that is well otherwise."""
-    run = root / comparison.read_pairs(root)[0]["runs"]["student"]
+    run = root / pairs_lib.read_pairs(root)[0]["runs"]["student"]
     file = run / "predictions" / "test.parquet"
     if kind == "no sweep.json":
         (root / "sweep.json").unlink()
@@ -266,10 +200,10 @@ def damage(root: Path, kind: str) -> None:
     ("other text", "sciq/test/3/0"), ("duplicated id", "sciq/test/2/0"), ("nan logits", "sciq/test/3/0"), ("no column", "logits"),
 ])  # fmt: skip
 def test_bad_roots_get_one_line(tmp_path, kind, says):
-    root = make_root(tmp_path / "sweep", n=20, seeds=(0,), losses=("xent",), pairs=(("small", "large"),))
+    root = sweeps.make_root(tmp_path / "sweep", n=20, seeds=(0,), methods=("xent",), pairs=(("small", "large"),))
     damage(root, kind)
     with pytest.raises(UserError) as error:
-        report.run(config(), str(root))
+        report.run(sweeps.report_config(), str(root))
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not (root / "report").exists()
 
@@ -279,7 +213,7 @@ def test_bad_roots_get_one_line(tmp_path, kind, says):
                                                ({"seed": -1}, "seed=-1")])  # fmt: skip
 def test_keys_are_checked(tmp_path, changes, says):
     with pytest.raises(UserError, match=says):
-        report.run(config(**changes), str(tmp_path))
+        report.run(sweeps.report_config(**changes), str(tmp_path))
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.7694, ".769"), (-0.09, "-.090"), (1.0, "1.000"), (-0.0001, ".000"), (None, "-"),
@@ -289,7 +223,7 @@ def test_numbers_as_printed(value, text):
 
 
 def test_tasks_do_not_change_each_other(tmp_path):
-    root = make_root(tmp_path, tasks=("sciq", "boolq"), seeds=(0,), losses=("xent",))
+    root = sweeps.make_root(tmp_path, tasks=("sciq", "boolq"), seeds=(0,), methods=("xent",))
     both = comparison.compare(root, replicates=100)
-    alone = comparison.compare(root, [p for p in comparison.read_pairs(root) if p["task"] == "sciq"], replicates=100)
+    alone = comparison.compare(root, [p for p in pairs_lib.read_pairs(root) if p["task"] == "sciq"], replicates=100)
     assert len(alone.rows) == 4 and [r for r in both.rows if r["task"] == "sciq"] == alone.rows

@@ -105,3 +105,29 @@ def finetune(model, task, **keys):
 def flags(**keys) -> list[str]:
     """Command-line flags of dotted keys."""
     return [f"--config.{key.replace('__', '.')}={value}" for key, value in keys.items()]
+
+
+def write_tokenizer(folder, opening: str = "") -> Path:
+    """A tokenizer of single characters and of a few merges (ids below VOCAB), with an `opening` special token before a text if named."""
+    from tokenizers import Tokenizer, models, processors
+
+    characters = [chr(c) for c in range(32, 127)] + ["\n"]
+    merges = [("Y", "e"), ("Ye", "s"), (" ", "Yes"), (":", " "), ("t", "h"), ("th", "e"), (" ", "the")]
+    words = ["<unk>", "<s>", *characters, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", "<s>"])
+    if opening:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{opening} $A", None, [(opening, words.index(opening))])
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    return Path(folder)
+
+
+def write_texts(folder, n_train: int = 40, n_test: int = 16) -> Path:
+    """A user's folder of texts of several lengths with both labels."""
+    colours = ("red", "blue", "green", "the deep purple")
+    for name, n, first in (("train", n_train, 0), ("test", n_test, n_train)):
+        rows = [{"text": f"the box {i} is {colours[i % 4]}{' indeed' * (i % 3)}", "label": int(i % 3 == 0)}
+                for i in range(first, first + n)]
+        write_rows(Path(folder) / f"{name}.jsonl", rows)
+    return Path(folder)

@@ -13,7 +13,10 @@ from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, PROBE_ARGS, check
 from w2s_jax.errors import UserError, nearest
 
 # What a key may hold in one stage, where that is not what it may hold elsewhere.
-OF_STAGE = {("label", "split"): ("b", "a", "train", "val", "test"), ("pretrain", "param_dtype"): ("float32", "bfloat16")}
+OF_STAGE = {
+    ("label", "split"): ("b", "a", "train", "val", "test"), ("ensemble", "split"): ("b", "a", "train", "val"),
+    ("prompt", "split"): ("test", "b", "a"), ("pretrain", "param_dtype"): ("float32", "bfloat16"),
+}  # fmt: skip
 
 # Closed ranges (low, high); a low of TINY excludes 0. Keys that stand nowhere here are free.
 TINY = float.fromhex("0x1p-1022")
@@ -26,15 +29,15 @@ RANGES: dict[str, tuple[float, float]] = {
     "grad_clip": (0, 1e30), "weight_decay": (0, 1e30), "dropout": (0, 1 - 1e-9),
     "log_every": (1, math.inf), "eval_every": (0, math.inf), "eval_batch_size": (0, math.inf),
     "checkpoint_every": (0, math.inf), "patience": (0, math.inf), "steps_per_dispatch": (0, math.inf),
-    "contamination": (TINY, 1 - 1e-9),
+    "contamination": (TINY, 1 - 1e-9), "shots": (0, 1000),
     "replicates": (40, math.inf), "repeats": (1, math.inf), "n_label": (1, math.inf), "arch.vocab": (2, math.inf),
     "arch.width": (1, math.inf), "arch.layers": (1, math.inf), "arch.heads": (1, math.inf), "arch.context": (1, math.inf),
     "loss_args.alpha": (0, 1e6), "loss_args.beta": (0, 1e6), "loss_args.aux_coef": (0, 1), "loss_args.warmup": (0, 1e12),
     "loss_args.buffer": (1, math.inf), "loss_args.chunk": (0, math.inf), "loss_args.radius": (TINY, 1),
     "optimizer_args.b1": (0, 1 - 1e-12), "optimizer_args.b2": (0, 1 - 1e-12), "optimizer_args.eps": (TINY, 1),
     "optimizer_args.momentum": (0, 1 - 1e-12),
-    "probe_args.k": (1, math.inf), "probe_args.l2": (TINY, 1e30), "probe_args.folds": (2, math.inf),
     "lora.rank": (1, math.inf), "lora.alpha": (TINY, 1e6), "lora.dropout": (0, 1 - 1e-9),
+    "probe_args.k": (1, math.inf), "probe_args.l2": (TINY, 1e30), "probe_args.folds": (2, math.inf),
 }  # fmt: skip
 RUNS = ("run", "weak", "ceiling", "student", "label")  # keys that name a run directory
 
@@ -72,11 +75,11 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
         _check_arguments(c, "loss", LOSS_ARGS, losses)
     if "optimizer" in c:
         _check_arguments(c, "optimizer", OPTIMIZER_ARGS, (c.optimizer,))
-    if "probe" in c:
-        _check_arguments(c, "probe", PROBE_ARGS, (c.probe,))
     for name, value in (c.get("lora") or {}).items():
         if value is not None and c.train != "lora":
             raise UserError(f"config.lora.{name}: {value!r} is set, but train={c.train} trains no adapters; expected train=lora")
+    if "probe" in c:
+        _check_arguments(c, "probe", PROBE_ARGS, (c.probe,))
     if "mesh" in c:
         _check_mesh(c.mesh)
     if "logger" in c:
@@ -101,13 +104,24 @@ def _check_paths(c: ConfigDict) -> None:
         name = c.get(key)
         if not isinstance(name, str) or not name or "://" in name or (key, name) == ("corpus", "world"):
             continue
-        path = Path(name).expanduser()
-        if not path.exists():
+        if key in RUNS:
+            _check_run(name, key)
+        elif not Path(name).expanduser().exists():
             raise UserError(f"config.{key}: {name!r}, no such file or folder")
-        if key in RUNS and not (path / "config.json").is_file():
-            raise UserError(f"config.{key}: {name!r} is not a run directory: it has no config.json")
+    for name in c.get("runs", ()):
+        check_store("config.runs", str(name))
+        if "://" not in str(name):
+            _check_run(str(name), "runs")
     if "corpus" in c and c.corpus != "world" and not c.tokenizer and not c.model:
         raise UserError(f"config.tokenizer: '', expected a hub id or a local folder, since config.corpus={c.corpus!r} brings none")
+
+
+def _check_run(name: str, key: str) -> None:
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(f"config.{key}: {name!r}, no such file or folder")
+    if not (path / "config.json").is_file():
+        raise UserError(f"config.{key}: {name!r} is not a run directory: it has no config.json")
 
 
 def _check_sweep(c: ConfigDict) -> None:
@@ -209,8 +223,31 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
             raise UserError(f"config.max_length: {c.max_length}, expected at most config.arch.context ({c.arch.context})")
     if "layer" in c and c.layer not in ("middle", "last") and not c.layer.isdecimal():
         raise UserError(f"config.layer: {c.layer!r}, expected middle, last or a number of 0 (embeddings) or more")
+    if c.get("stage") == "prompt":
+        if c.template and (c.template.count("{text}") != 1 or c.template.count("{answer}") != 1 or not c.template.endswith("{answer}")):
+            raise UserError(f"config.template: {c.template!r}, expected {{text}} once and {{answer}} once, at the end")
+        if c.answers:
+            _check_answers(tuple(c.answers))
+        if c.labels and (c.split != "test" or not c.shots):
+            raise UserError(f"config.labels: {c.labels!r}, expected it empty with config.split={c.split!r}, config.shots={c.shots}: labels "
+                            "are the answers that shots show, for split=test")
+    if "head_init" in c:
+        answers = tuple(c.answers)
+        if c.head_init == "unembedding":
+            _check_answers(answers)
+            if c.readout not in ("auto", "last"):
+                raise UserError(f"config.readout: {c.readout!r}, expected auto or last with config.head_init='unembedding'")
+        elif answers != shipped("finetune").answers:
+            raise UserError(f"config.answers: {answers!r} is set, but config.head_init={c.head_init!r} has no use for answers")
+    if "runs" in c and len(set(c.runs)) < max(len(c.runs), 2):
+        raise UserError(f"config.runs: {tuple(c.runs)!r}, expected two or more different label run directories")
     if c.get("stage") == "benchmark" and c.batch_size > c.n_train:
         raise UserError(f"config.batch_size: {c.batch_size}, expected at most config.n_train ({c.n_train})")
+
+
+def _check_answers(answers: tuple) -> None:
+    if len(answers) != 2 or not all(isinstance(a, str) and a.strip() for a in answers) or answers[0] == answers[1]:
+        raise UserError(f"config.answers: {answers!r}, expected two different texts, of class 0 and of class 1")
 
 
 def is_path(name: str) -> bool:

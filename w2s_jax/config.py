@@ -36,6 +36,9 @@ OPTIMIZER_ARGS: dict[str, dict] = {
     "adafactor_openai": {},
 }
 
+# Settings of LoRA, with their defaults: rank 8, scale 1 and every matrix of the layers, as EleutherAI/w2s has them.
+LORA_ARGS: dict = {"rank": 8, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "rslora": False, "init": ""}
+
 # Arguments that each probe takes, with its defaults; an l2 of None is chosen by cross-validation (the reference's code has 1e-3).
 PROBE_ARGS: dict[str, dict] = {
     "knn": {"k": 50},
@@ -45,19 +48,16 @@ PROBE_ARGS: dict[str, dict] = {
     "topofilter": {"k": 50},
 }
 
-# Settings of LoRA, with their defaults: rank 8, scale 1 and every matrix of the layers, as EleutherAI/w2s has them.
-LORA_ARGS: dict = {"rank": 8, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "rslora": False, "init": ""}
-
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("finetune", "label", "probe", "export", "pretrain", "sweep", "report", "benchmark"),
+    "stage": ("finetune", "label", "ensemble", "probe", "prompt", "export", "pretrain", "sweep", "report", "benchmark"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
     "train": ("full", "head", "lora"),
-    "head_init": ("zeros", "normal", "small"),
+    "head_init": ("zeros", "normal", "small", "unembedding"),
     "readout": ("auto", "last", "mean", "first"),
     "split": ("a", "b", "train"),
     "group": ("auto", "none"),
@@ -69,6 +69,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "probe": tuple(PROBE_ARGS),
     "mode": ("predict", "filter", "relabel"),
     "pool": ("last", "mean"),
+    "how": ("mean", "vote", "disagreement"),
+    "calibrate": ("none", "content_free", "prior"),
     "keep": ("params", "all", "none"),
     "select": ("last", "val_labels", "agreement", "oracle"),
     "logger": ("none", "tensorboard", "wandb"),
@@ -263,10 +265,12 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         result["loss_args"] = loss_args(c)
     if "optimizer" in c:
         result["optimizer_args"] = optimizer_args(c)
-    if "probe" in c:
-        result["probe_args"] = probe_args(c)
     if "lora" in c and c.train != "lora":
         result["lora"] = None
+    if "probe" in c:
+        result["probe_args"] = probe_args(c)
+    if result.get("head_init", "unembedding") != "unembedding":  # another head has no use for the answers' tokens
+        result.pop("answers", None)
     if c.get("model") and "arch" in result:
         result["arch"] = None  # the sizes come from the model
     return plain_identity(result | fingerprints)

@@ -173,9 +173,9 @@ class _Task:
         for name, members in groups.items():
             labelled = [self.labelled[member] for member in members]
             for how in config.ensembles:
-                made = config_lib.shipped("ensemble")
+                made = variant(config_lib.shipped("ensemble"), runs=tuple(map(self.graph.path, labelled)), how=how)
                 file = short(name.replace("+", "_"))
-                run = self._add(f"{file}-{how}", members[0][1], variant(made, runs=tuple(map(self.graph.path, labelled)), how=how), labelled)
+                run = self._add(f"{file}-{how}", members[0][1], made, labelled)
                 for loss in config.losses:
                     student = self._student(f"{file}_{how}", s, seed, loss, run)
                     self._pair(f"{name} {how}", s, seed, loss, student, run, run)

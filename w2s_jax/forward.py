@@ -48,12 +48,15 @@ def _compile(lowered):
 
 
 def predict(model, params, tokens: Sequence[np.ndarray], mesh, *, tokens_per_batch: int, stats: dict | None = None,
-            progress=None) -> np.ndarray:
+            progress=None, extra: dict[str, np.ndarray] | None = None) -> np.ndarray:
     """Outputs for every document, float32 `[documents, classes]`, in the documents' order.
 
-    Documents are packed once for speed, in any order; a pass compiles one or two programs.
+    Documents are packed once for speed, in any order; a pass compiles one or two programs. `extra`: further arrays
+    `[documents, ...]` that `model.apply` asks for; its batch holds them as `[cells, slots, ...]`.
     """
     batches = packing.forward_batches(tokens, cells=mesh_lib.cells(mesh), embed=model.config.embed, tokens_per_batch=tokens_per_batch)
+    for batch in batches:
+        batch.arrays.update({k: v[np.maximum(batch.documents, 0)] for k, v in (extra or {}).items()})  # an empty slot holds anything
     return forward(model, params, batches, len(tokens), mesh, stats=stats, progress=progress)
 
 
@@ -75,8 +78,8 @@ def passes(name, function: Callable, params, batches: list[packing.EvalBatch], m
 
     for batch in batches:
         arrays = {k: jax.device_put(v, sharding) for k, v in batch.arrays.items()}
-        key = (name, mesh, batch.arrays["tokens"].shape, batch.arrays["documents"].shape)
-        call = compiled(key, lambda arrays=arrays: _compile(jax.jit(function).lower(params, arrays)), stats)
+        shapes = tuple((k, a.shape) for k, a in sorted(batch.arrays.items()) if k not in ("segments", "positions"))
+        call = compiled((name, mesh, shapes), lambda arrays=arrays: _compile(jax.jit(function).lower(params, arrays)), stats)
         waiting.append((batch, call(params, arrays)))
         yield from collect(keep=2)
     yield from collect(keep=0)

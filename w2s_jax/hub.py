@@ -151,6 +151,27 @@ def closing_tokens(folder: str | os.PathLike) -> int:
     return next((i for i, special in enumerate(reversed(added)) if not special), 0)
 
 
+def single_token(folder: str | os.PathLike, text: str, key: str = "answers") -> int:
+    """The id of the one token that `text` is for a folder's tokenizer.
+
+    That is how it is cut when it stands alone, or, where a tokenizer marks the start of a text by a token of its own
+    (SentencePiece's "\u2581"), the vocabulary's entry of exactly that name. UserError, naming the tokens: it is none or several, or
+    is unknown; `key` names the config's key.
+    """
+    [ids] = tokenize(folder, [text])
+    fast = _fast(Path(folder))
+    slow = None if fast is not None else _slow(str(folder))
+    entry = fast.token_to_id(text) if fast is not None else slow.get_vocab().get(text)
+    if len(ids) > 1 and entry is not None:
+        return int(entry)
+    names = [fast.id_to_token(int(i)) for i in ids] if fast is not None else slow.convert_ids_to_tokens(ids.tolist())
+    unknown = getattr(fast.model, "unk_token", None) if fast is not None else slow.unk_token
+    if len(ids) != 1 or names[0] == unknown != text:
+        found = f"the tokens {', '.join(map(repr, names))}" if len(ids) else "no token"
+        raise UserError(f"{key}: {text!r} is {found} to the tokenizer in {folder}; expected a single token that it knows")
+    return int(ids[0])
+
+
 def vocabulary_size(folder: str | os.PathLike) -> int:
     """Token ids of the folder's tokenizer: the largest one + 1, added tokens included. UserError as for `tokenize`."""
     if (fast := _fast(Path(folder))) is not None:

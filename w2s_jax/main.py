@@ -114,7 +114,7 @@ def _main(argv: list[str]) -> int:
     from w2s_jax import stages
 
     options = {name: True for name in ("rerun", "dry_run") if values[name]} | stages.prepare(config)
-    if config.stage != "report":  # reads files only
+    if config.stage not in ("report", "ensemble"):  # these read files only
         setup_devices(values["distributed"])
     stages.run(config, workdir, **options)
     return 0

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 REPLICATES = 2000  # bootstrap replicates: the 2.5% percentile then rests on 50 of them
 UNDEFINED_LIMIT = 0.05  # above this share of undefined replicates an interval is withheld
 _CHUNK = 64  # replicates drawn at once: bounds memory at [64, documents] doubles
-_KEEP = 2**25  # draws (replicates x groups) that an object remembers, 2 bytes each, instead of drawing them again
+_BLOCK = 2**21  # draws that are weighed at once: 16 MiB of doubles, or _CHUNK replicates if that is more
+_KEEP = 2**25  # draws (replicates x groups) that an object remembers, 2 bytes each, instead of drawing them again (a quarter: as doubles)
 
 
 def predictions(logits: np.ndarray) -> np.ndarray:
@@ -57,16 +58,30 @@ def auroc(score: np.ndarray, labels: np.ndarray) -> float:
     return float((ranks[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
-def ece(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error: the mean of |accuracy - confidence| over `bins` equal bins of the confidence
-    (probability of the predicted class), weighted by their documents (Guo et al. 2017, arXiv 1706.04599)."""
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities in nats of `[n, classes]` logits, float64."""
+    z = np.asarray(logits, np.float64)
+    z = z - z.max(axis=-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
+def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> np.ndarray:
+    """What a reliability diagram shows, float64 `[3, bins]`: documents, sum of their confidences, and how many are right.
+
+    The bins are equal, `(i / bins, (i + 1) / bins]`, of the confidence: the probability of the predicted class (Guo et al.
+    2017, arXiv 1706.04599). Sums of several runs may be added.
+    """
     logits, labels = _checked(logits, labels)
-    z = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
-    confidence, right = p.max(axis=1), predictions(logits) == labels
+    confidence, right = np.exp(log_softmax(logits).max(axis=1)), predictions(logits) == labels
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    surplus = np.bincount(index, weights=right - confidence, minlength=bins)
-    return float(np.abs(surplus).sum() / len(labels))
+    return np.stack([np.bincount(index, weights=w, minlength=bins) for w in (np.ones(len(labels)), confidence, right)])
+
+
+def ece(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error: the mean of |accuracy - confidence| over the bins of `reliability`, weighted by their
+    documents (Guo et al. 2017, arXiv 1706.04599)."""
+    documents, confidence, right = reliability(logits, labels, bins)
+    return float(np.abs(right - confidence).sum() / documents.sum())
 
 
 def majority_baseline(labels: np.ndarray) -> float:
@@ -88,33 +103,63 @@ class Bootstrap:
         self.seed, self.replicates = seed, replicates
         self._index = {name: i for i, name in enumerate(self.names)}
         self._kept: dict[int, np.ndarray] = {}
+        self._doubles: list[np.ndarray] | None = None
 
     def codes(self, groups: Sequence[str]) -> np.ndarray:
         """Index of each document's group, int `[n]`; KeyError for a name that the draws do not cover."""
         return np.array([self._index[g] for g in groups], np.int64)
 
-    def weights(self):
-        """Yields float64 `[<= 64, groups]`: how often each group was drawn, a row a replicate."""
+    def counts(self) -> Iterator[np.ndarray]:
+        """Yields integers `[<= 64, groups]`: how often each group was drawn, a row a replicate."""
         size = len(self.names)
         for start in range(0, self.replicates, _CHUNK):
             if start in self._kept:
-                yield self._kept[start].astype(np.float64)
+                yield self._kept[start]
                 continue
             rows = min(_CHUNK, self.replicates - start)
             draws = np.random.default_rng([self.seed, start]).integers(size, size=(rows, size))
             draws += np.arange(rows)[:, None] * size
             counts = np.bincount(draws.ravel(), minlength=rows * size).reshape(rows, size)
-            if self.replicates * size <= _KEEP and size < 2**16:
-                self._kept[start] = counts.astype(np.uint16)
-            yield counts.astype(np.float64)
+            if size < 2**16:
+                counts = counts.astype(np.uint16)
+                if self.replicates * size <= _KEEP:
+                    self._kept[start] = counts
+            yield counts
+
+    def ratios(self, numerators: np.ndarray, denominators: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Replicates `[replicates, m]` of sum(numerator) / sum(denominator) over documents, NaN where 0 / 0.
+
+        `numerators` and `denominators` are `[n, m]`: m ratios in one pass over the draws.
+        """
+        size, m = len(self.names), np.shape(numerators)[1]
+        columns = np.concatenate([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)], axis=1)
+        sums = [np.bincount(codes, weights=column, minlength=size) for column in columns.T]
+        once = {column.tobytes(): column for column in sums}  # denominators repeat
+        place = {key: i for i, key in enumerate(once)}
+        table = np.stack(list(once.values()), axis=1)
+        out = np.concatenate([w @ table for w in self._blocks()])[:, [place[column.tobytes()] for column in sums]]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return out[:, :m] / out[:, m:]
+
+    def _blocks(self) -> list[np.ndarray] | Iterator[np.ndarray]:
+        """`counts` as float64 in larger blocks, for few calls of BLAS, whose threads wait for each other in every one."""
+        if self._doubles is None and self.replicates * len(self.names) <= _KEEP // 4:
+            self._doubles = list(self._convert())
+        return self._convert() if self._doubles is None else self._doubles
+
+    def _convert(self) -> Iterator[np.ndarray]:
+        rows = []
+        for w in self.counts():
+            rows.append(w)
+            if (len(rows) + 1) * w.size > _BLOCK:
+                yield np.concatenate(rows).astype(np.float64)
+                rows = []
+        if rows:
+            yield np.concatenate(rows).astype(np.float64)
 
     def ratio(self, numerator: np.ndarray, denominator: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """Replicates `[replicates]` of sum(numerator) / sum(denominator) over documents `[n]`; NaN where 0 / 0."""
-        size = len(self.names)
-        top = np.bincount(codes, weights=np.asarray(numerator, np.float64), minlength=size)
-        bottom = np.bincount(codes, weights=np.asarray(denominator, np.float64), minlength=size)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.concatenate([(w @ top) / (w @ bottom) for w in self.weights()])
+        """`ratios` of one numerator and one denominator, both `[n]`: replicates `[replicates]`."""
+        return self.ratios(np.asarray(numerator)[:, None], np.asarray(denominator)[:, None], codes)[:, 0]
 
     def accuracy(self, logits: np.ndarray, labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Replicates `[replicates]` of the accuracy."""
@@ -122,21 +167,17 @@ class Bootstrap:
 
     def auroc(self, logits: np.ndarray, labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Replicates `[replicates]` of the AUROC by mid-ranks; NaN where a draw holds one class only."""
-        score = scores(logits)
-        order = np.argsort(score, kind="stable")
-        score, positive, codes = score[order], np.asarray(labels)[order] == 1, codes[order]
-        starts = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])  # one block a distinct score
+        score, positive = scores(logits), np.asarray(labels) == 1
+        up, down = (np.flatnonzero(rows)[np.argsort(score[rows])] for rows in (positive, ~positive))  # by score
+        below, upto = (np.searchsorted(score[down], score[up], side) for side in ("left", "right"))  # of class 0, for each of class 1
         out = []
-        for w in self.weights():
-            w = w[:, codes]
-            up, down = w * positive, w * ~positive
-            if len(starts) < len(score):
-                up, down = np.add.reduceat(up, starts, axis=1), np.add.reduceat(down, starts, axis=1)
-            below = np.cumsum(down, axis=1)
-            total = up.sum(axis=1) * below[:, -1]
-            below -= down / 2  # half of the ties
+        for w in self.counts():
+            total = np.zeros((len(w), len(down) + 1), np.int64 if len(self.names) >= 2**16 else np.int32)
+            np.cumsum(w[:, codes[down]], axis=1, out=total[:, 1:])
+            ups = w[:, codes[up]].astype(np.float64)
+            wins = total[:, below] + total[:, upto]  # twice: a tie counts one half
             with np.errstate(invalid="ignore", divide="ignore"):
-                out.append(np.einsum("ij,ij->i", up, below) / total)
+                out.append(np.einsum("ij,ij->i", ups, wins) / (2.0 * ups.sum(axis=1) * total[:, -1]))
         return np.concatenate(out)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,45 +11,26 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import checkpoint as ckpt
-from w2s_jax import config as config_lib
-from w2s_jax import forward, hub, metrics, models, runlog, train
+from w2s_jax import forward, hub, models, runlog, train
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import labels as labels_lib
 from w2s_jax.data import splits
 from w2s_jax.data.examples import Examples
 from w2s_jax.errors import UserError
+from w2s_jax.outcomes import evaluate, fingerprint_run, finished, run_identity, shown, summary, write_predictions
 from w2s_jax.progress import Progress, say
+
+__all__ = [
+    "Limits", "Loaded", "arch_bytes", "evaluate", "fingerprint_labels", "fingerprint_model", "fingerprint_run", "fingerprint_task",
+    "finished", "forward_tokens", "model_bytes", "open_model", "precision", "predict", "restore", "run_identity", "shown", "summary",
+    "tokenized", "write_predictions",
+]  # fmt: skip
 
 FORWARD_TOKENS = {"cpu": 8192}  # tokens of a forward pass on one device; others take _FORWARD_TOKENS
 _FORWARD_TOKENS = 65536
 
 
 # --------------------------------------------------------------------------- fingerprints
-
-
-def run_identity(path) -> str | None:
-    """The identity of the run in a folder, or None where the folder holds no run.
-
-    A run's identity stands for its content, since it decides it; so a sweep can name its runs before they exist.
-    """
-    file = epath.Path(path) / "config.json"
-    if not file.exists():
-        return None
-    try:
-        record = json.loads(file.read_text())
-    except ValueError:
-        return None
-    return config_lib.identity_hash(record["identity"]) if isinstance(record, dict) and "identity" in record else None
-
-
-def fingerprint_run(path, planned: dict | None = None) -> str:
-    """`run:<identity>` of a run directory; `planned` maps paths to the runs that a sweep will make (`graph.Planned`)."""
-    if planned and str(path) in planned:
-        return f"run:{planned[str(path)].identity}"
-    found = run_identity(path)
-    if found is None:
-        raise UserError(f"run: {path} is not a run directory (no config.json with an identity)")
-    return f"run:{found}"
 
 
 def fingerprint_model(model: str, revision: str, planned: dict | None = None) -> str:
@@ -90,8 +70,9 @@ def fingerprint_labels(path, planned: dict | None = None) -> str:
         return ""
     if planned and str(path) in planned or epath.Path(path).is_dir():
         return fingerprint_run(path, planned)
-    made = epath.Path(path).parent.parent  # <run>/predictions/<file>
-    if planned and str(made) in planned or run_identity(made):
+    folder = epath.Path(path).parent
+    made = folder.parent
+    if folder.name == "predictions" and (planned and str(made) in planned or run_identity(made)):
         return f"{fingerprint_run(made, planned)}/{epath.Path(path).name}"
     return f"labels:{labels_lib.read(path).fingerprint}"
 
@@ -238,9 +219,20 @@ def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
     mesh = mesh_lib.make_mesh(config.mesh)
     shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
     params = models.load(folder, model, shardings, jax.random.key(seed))
+    if head == "classifier" and config.head_init == "unembedding":
+        params["head"]["kernel"] = jax.device_put(_unembedding(config, model, folder), params["head"]["kernel"].sharding)
     if lora(config) and config.lora.init:
         params = models.load_adapter(config.lora.init, params, model)
     return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [])
+
+
+def _unembedding(config, model: models.Model, folder: hub.Folder) -> np.ndarray:
+    """The head that head_init="unembedding" starts from, float32 `[embed, 2]`: the output vectors of the two answers' tokens
+    (Burns et al. 2023, appendix A)."""
+    ids = [hub.single_token(folder, answer) for answer in config.answers]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"answers: {tuple(config.answers)} are the same token to the tokenizer in {folder.path}; expected different ones")
+    return models.unembedding(folder, model, ids)
 
 
 def restore(source: runlog.LoadedRun, config=None) -> Loaded:
@@ -288,48 +280,3 @@ def predict(config, model, params, examples: Examples, mesh, *, label: str, stat
     with Progress(len(examples), label=label, unit="doc") as progress:
         return forward.predict(model, params, examples.tokens, mesh, tokens_per_batch=forward_tokens(config, examples.tokens, mesh),
                                stats=stats, progress=progress)
-
-
-def evaluate(logits: np.ndarray, examples: Examples) -> dict:
-    """Accuracy, AUROC, intervals and baseline of the documents whose label is known; see `metrics.evaluate`."""
-    known = np.flatnonzero(examples.labels >= 0)
-    if not len(known):
-        return {}
-    return metrics.evaluate(logits[known], examples.labels[known], [examples.groups[i] for i in known])
-
-
-def write_predictions(run, split: str, examples: Examples, logits: np.ndarray | None = None, **columns) -> None:
-    """`predictions/<split>.parquet` of a run; `columns` as `labels.write_predictions` takes them."""
-    folder = epath.Path(run.path) / "predictions"
-    folder.mkdir(parents=True, exist_ok=True)
-    labels_lib.write_predictions(folder / f"{split}.parquet", examples, logits, **columns)
-
-
-def shown(path) -> str:
-    """A run directory's or a model's name in a line of output: its last two parts, without a trailing `model`."""
-    parts = [p for p in str(path).rstrip("/").split("/") if p]
-    return "/".join((parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts)[-2:])
-
-
-def summary(results: dict) -> str:
-    """The line that a finished run prints."""
-    if "accuracy" not in results:
-        return f"{results.get('n_test', 0)} documents"
-    low, high = results["accuracy_ci"] or (float("nan"), float("nan"))
-    line = (f"accuracy {results['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {results['n_test']} documents "
-            f"(majority {results['majority_baseline']:.3f})")
-    return line + (f", AUROC {results['auroc']:.3f}" if results.get("auroc") is not None else "")
-
-
-def finished(workdir, config, ident: dict, rerun: bool, summary=summary) -> dict | None:
-    """The results of a run that is done already, so that nothing is loaded for it; a directory of another run is refused here.
-
-    `summary(results)`: what the printed line says of them.
-    """
-    if not (epath.Path(workdir) / "config.json").exists():
-        return None
-    with runlog.Run.open(workdir, config, ident) as held:
-        if held.results is None or rerun:
-            return None
-        say(f"{shown(workdir)}: done already ({summary(held.results)}); --rerun redoes it")
-        return held.results

@@ -14,6 +14,7 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from w2s_jax.errors import UserError, nearest
@@ -28,7 +29,7 @@ from w2s_jax.models.lora import Lora
 from w2s_jax.models.weights import nest, paths
 
 __all__ = ["FAMILIES", "Architecture", "Lora", "Model", "adapter_files", "build", "load", "load_adapter", "merge", "nest", "parse",
-           "paths", "read_config", "read_raw", "save", "stored_dtype"]
+           "paths", "read_config", "read_raw", "save", "stored_dtype", "unembedding"]
 
 POOLS = ("last", "mean")  # what `Model.features` reads of a document
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -157,6 +158,16 @@ class Model:
         x = network.backbone.final_norm(self._states(network, batch))
         return heads.vocabulary_logits(x, self._table(network), self.config.logit_cap)
 
+    def continuations(self, params: dict, batch: dict) -> jax.Array:
+        """Log-likelihoods in nats of tokens after each document, float32 [cells, slots, alternatives] (0 where none is asked for).
+
+        `batch["targets"]`: int32 [cells, slots, alternatives, n]. The last of the n is the token after the document's last, the one
+        before it the token after its last but one, and so on; -1 = not asked for. Only the logits of these places are computed.
+        """
+        network = self._merge(params)
+        x = heads.gather_ends(self._states(network, batch), batch["last"], batch["targets"].shape[-1])
+        return heads.continuation_logp(network.backbone.final_norm(x), self._table(network), batch["targets"], self.config.logit_cap)
+
     def next_tokens(self, params: dict, batch: dict) -> jax.Array:
         """The likeliest token after each document, int32 [cells, slots]; empty slots hold ids of no meaning."""
         network = self._merge(params)
@@ -189,6 +200,12 @@ def build(config: Architecture, *, head: str, classes: int = 2, dtype: str = "fl
         raise UserError(f"{config.family} is an encoder and predicts no next token; expected a decoder")
     if readout == "first" and config.causal:
         raise UserError("readout='first': a decoder's first token sees nothing of a document but itself; expected auto, last or mean")
+    if head_init == "unembedding" and head == "classifier":
+        if not config.causal:
+            raise UserError(f"head_init='unembedding': {config.family} is an encoder and predicts no next token; expected zeros or normal")
+        if readout not in ("auto", "last"):
+            raise UserError(f"readout={readout!r}: head_init='unembedding' reads the last token, as the language model does; expected "
+                            "auto or last")
     adapters = ()
     if lora is not None:
         whole = build(config, head=head, classes=classes, dtype=dtype, param_dtype=param_dtype, attention=attention, readout=readout)
@@ -221,6 +238,11 @@ def merge(params: dict, lora: Lora) -> dict:
 def adapter_files(params: dict, model: Model, lora: Lora, base: str, revision: str) -> tuple[dict, bytes]:
     """PEFT's two files of the adapters and the head; see w2s_jax.models.lora.files."""
     return lora_lib.files(params, model, FAMILIES[model.config.family], lora, base, revision)
+
+
+def unembedding(folder, model: Model, ids) -> np.ndarray:
+    """The language model's output vectors of the tokens `ids`; see w2s_jax.models.weights.unembedding."""
+    return weights.unembedding(folder, model.config, FAMILIES[model.config.family], ids)
 
 
 def save(folder, params: dict, raw: dict, tokenizer_files_from=None) -> None:

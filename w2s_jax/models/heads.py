@@ -12,7 +12,8 @@ from flax import nnx
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.layers import ACTIVATIONS, Compute, Linear, Norm
 
-HEAD_INITS = {"zeros": 0.0, "normal": 0.02, "small": 0.02 * 0.01}  # standard deviations; small: EleutherAI/w2s, model.py
+# Standard deviations; small: EleutherAI/w2s, model.py; unembedding: filled after loading (models.unembedding), 0 until then.
+HEAD_INITS = {"zeros": 0.0, "normal": 0.02, "small": 0.02 * 0.01, "unembedding": 0.0}
 READOUTS = ("auto", "last", "mean", "first")
 
 # Numbers of [tokens, vocabulary] logits held at once by the language model's loss (256 MB of float32).
@@ -72,7 +73,8 @@ class Pooler(nnx.Module):
 
 class Classifier(nnx.Module):
     """Linear, no bias; weight, matmul and logits in float32 whatever the backbone's types. `pooler`: one that no checkpoint
-    holds, and that is trained from scratch with the head (RoBERTa's)."""
+    holds, and that is trained from scratch with the head (RoBERTa's). `init`: one of HEAD_INITS; "unembedding" is filled after
+    loading (models.unembedding) and is 0 until then."""
 
     def __init__(self, embed: int, classes: int, init: str, *, pooler: Pooler | None = None, rngs: nnx.Rngs):
         kernel = HEAD_INITS[init] * jax.random.normal(rngs.params(), (embed, classes), jnp.float32)
@@ -118,3 +120,33 @@ def next_token_nll(x: jax.Array, table: jax.Array, batch: dict, cap: float | Non
         losses = jnp.moveaxis(losses, 0, 1).reshape(cells, rows, time - 1)
     losses = jnp.where(predicted, losses, 0.0)
     return jnp.einsum("csrt,crt->cs", _members(segments[:, :, 1:], batch["documents"]), losses, precision="highest")[..., None]
+
+
+def gather_ends(x: jax.Array, last: jax.Array, n: int) -> jax.Array:
+    """[cells, rows, time, embed] -> [cells, slots, n, embed], each document's last `n` tokens in their order; of a document with fewer
+    the first ones are another's."""
+    cells, rows, time, embed = x.shape
+    places = jnp.maximum(last[..., None] + jnp.arange(1 - n, 1), 0)
+    return jax.vmap(lambda cell, index: cell[index])(x.reshape(cells, rows * time, embed), places)
+
+
+def continuation_logp(x: jax.Array, table: jax.Array, targets: jax.Array, cap: float | None = None) -> jax.Array:
+    """Sums of log-probabilities in nats of tokens that follow given places, float32 [cells, slots, alternatives].
+
+    `x`: hidden states of the places after the final norm, [cells, slots, n, embed]; `table`: [vocab, embed] in x's type;
+    `targets`: int32 [cells, slots, alternatives, n], the token after each place, -1 where none is asked for. Slots are taken a
+    few at a time where all their logits together would be large.
+    """
+    cells, slots, n, _ = x.shape
+
+    def logp(slot):
+        x, targets = slot  # [cells, n, embed], [cells, alternatives, n]
+        logits = vocabulary_logits(x, table, cap)
+        asked = jnp.moveaxis(targets, 1, 2)  # [cells, n, alternatives]
+        chosen = jnp.take_along_axis(logits, jnp.maximum(asked, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return jnp.where(asked >= 0, chosen, 0.0).sum(axis=1)
+
+    at_once = max(LOGITS_AT_ONCE // (cells * n * table.shape[0]), 1)
+    over_slots = (jnp.moveaxis(x, 1, 0), jnp.moveaxis(targets, 1, 0))  # the cells stay where they are
+    out = jax.vmap(logp)(over_slots) if at_once >= slots else jax.lax.map(logp, over_slots, batch_size=at_once)
+    return jnp.moveaxis(out, 0, 1)

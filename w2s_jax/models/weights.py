@@ -272,6 +272,24 @@ def load(folder, model, family, shardings: dict | None, key) -> dict:
     return nest(params)
 
 
+def unembedding(folder, config, family, ids) -> np.ndarray:
+    """Output vectors of the tokens `ids` (rows of the tied embedding or of the output matrix) in a language model's safetensors.
+
+    float32 `[embed, ids]`: as the kernel of a classification head they give the language model's logits of these tokens, before
+    a cap on the logits where the family has one. UserError: the folder holds no output matrix, or no such row.
+    """
+    checkpoint = Checkpoint(Path(folder), family.renamed)
+    prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in checkpoint.tensors)), "")
+    name = family.names["backbone/embed/tokens/embedding" if config.tied else "lm_head/kernel"].format(p=prefix)
+    if name not in checkpoint.tensors:
+        raise UserError(f"head_init='unembedding': {folder} has no tensor {name!r}; expected a language model's checkpoint")
+    if bad := [i for i in ids if not 0 <= i < checkpoint.tensors[name].shape[0]]:
+        raise UserError(f"head_init='unembedding': token id {bad[0]}, expected ids below {checkpoint.tensors[name].shape[0]} ({name})")
+    rows = [np.asarray(checkpoint.read(name, (slice(i, i + 1),)), np.float32) for i in ids]
+    checkpoint.release()
+    return np.concatenate(rows).T
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _zeros(shape, dtype, sharding):
     return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)

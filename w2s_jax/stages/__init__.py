@@ -35,7 +35,7 @@ def prepare(config) -> dict:
     """Options for `run`: what can be read and checked of a stage's input before jax is imported (see `main.py`).
 
     Raises:
-        UserError: documents, labels, a run to label, to probe or to export, or the lists of a sweep are not what the stage needs.
+        UserError: documents, labels, a run to label, probe, export or combine, or the lists of a sweep are not what the stage needs.
     """
     if config.stage in ("finetune", "probe"):
         from w2s_jax import runlog
@@ -49,6 +49,15 @@ def prepare(config) -> dict:
         from w2s_jax import runlog
 
         runlog.load_done(config.run, "finetune")
+    elif config.stage == "ensemble":
+        from w2s_jax import runlog
+
+        for path in config.runs:
+            runlog.load_done(path, "label")
+    elif config.stage == "prompt":
+        from w2s_jax.data import prompts
+
+        return {"prepared": prompts.prepare(prompts.resolve(config))}
     elif config.stage == "sweep":
         from w2s_jax import graph
 

@@ -372,6 +372,9 @@ def readme(form: Form, loaded: workload.Loaded, source) -> str:
         notes.append("The run's head has no bias: that of the class is 0.")
     if form.raw["dtype"] != "float32":
         notes.append(f"Weights are {form.raw['dtype']}, the head's float32: transformers rounds that too without `dtype=torch.float32`.")
+    if trained.train == "lora" and form.kind != "adapter" and form.raw["dtype"] != "float32":
+        notes.append("The adapters were added to these matrices and rounded with them, so that logits differ a little from the run's; "
+                     "merge=False writes them as they are.")
     if trained.dtype != "float32":
         notes.append(f"The run computed in {trained.dtype}: its own predictions are rounded more than these logits.")
     if form.kind == "classifier":

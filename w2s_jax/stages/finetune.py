@@ -46,7 +46,7 @@ def _training_examples(prepared, labels, folder, limits, vocab, notes) -> tuple[
         if not len(kept):
             raise UserError(f"labels: {labels.path} leaves no training document: all {len(fit)} have weight 0")
         fit = fit.select(kept)
-    return fit, parts.val if len(parts.val) else None, parts.given.soft_labels[n:], dropped
+    return fit, parts.val if len(parts.val) else None, parts.given.soft_labels[len(parts.train):], dropped
 
 
 def run(config, workdir, *, rerun: bool = False, prepared: splits.Prepared | None = None, labels: labels_lib.Labels | None = None,

@@ -1,6 +1,7 @@
 """Stage `report`: a sweep's runs as tables, plots and one page.
 
-Writes ROOT/report/{report.md, table.csv, by_seed.csv, agreement.csv, accuracy.*, auroc.*, pgr.*} and prints the tables.
+Writes ROOT/report/: report.md, a csv file of every table (`tables.FRAMES`), the plots {accuracy, auroc, pgr, misfit,
+reliability}.{png, svg}; and prints the tables.
 Nothing is kept between calls: a report is always made from the runs that are there.
 """
 
@@ -12,6 +13,7 @@ import threading
 from etils import epath
 
 from w2s_jax import comparison, plots, runlog, tables
+from w2s_jax import pairs as pairs_lib
 from w2s_jax.errors import UserError
 from w2s_jax.metrics import REPLICATES
 
@@ -21,8 +23,8 @@ FEWEST = 40  # bootstrap draws of which one lies beyond each end of a 95% interv
 def run(config, workdir, *, rerun: bool = False, **options) -> dict:
     """Makes the report of the sweep in `config.root` (or `workdir`), or of the runs `config.weak`, `.ceiling`, `.student`.
 
-    Returns rows, by_seed, agreement, medians, missing, warnings, notes (lists, as in `comparison.Comparison`), and
-    `report`, the folder written. `rerun` changes nothing. UserError where there is nothing to report.
+    Returns the lists of `comparison.Comparison` under their names, and `report`, the folder written. `rerun` changes nothing.
+    UserError where there is nothing to report.
     """
     del rerun, options
     if config.replicates < FEWEST:
@@ -59,14 +61,26 @@ def _around(file: str) -> tuple[str, str]:
     return text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END):]
 
 
-def table(root, by_seed: bool = False, seed: int = 0, replicates: int = REPLICATES):
-    """The report's table as a pandas DataFrame, one row a task, pair of models, loss and metric (and seed, if `by_seed`).
+def table(root, name: str = "table", seed: int = 0, replicates: int = REPLICATES):
+    """A table of the report as a pandas DataFrame; the columns are those of `<name>.csv`. `x_lo` and `x_hi`: 95% interval of x.
 
-    Columns: task, weak_model, strong_model, loss, metric (accuracy | auroc), seeds, n_test, n_groups, majority_baseline; weak,
-    student, ceiling, gap (ceiling - weak), gain (student - weak), pgr, each with `_lo` and `_hi`, the 95% interval; undefined
-    (share of bootstrap replicates without a positive gap), gap_clear.
+    Args:
+      root: the sweep's root.
+      name: what is wanted. All but the last two have task, weak_model, strong_model, method, seeds.
+        table: a row a metric (accuracy | auroc): metric, n_test, n_groups, majority_baseline; weak, student, ceiling, gap
+          (ceiling - weak), gain (student - weak), pgr, each with interval; undefined (share of bootstrap replicates without
+          a positive gap), gap_clear.
+        by_seed: the same, one seed a row.
+        agreement: with the supervisor, and inherited errors (`analyses.agreement`).
+        misfit: to the supervisor, and the gain in the same loss (`analyses.misfit`).
+        calibration: ECE and overconfidence (`analyses.calibration`) of weak, label, student, ceiling.
+        reliability: bins of the reliability diagrams, a row a task, series and bin.
+        tests: methods against their baselines and controls (`significance.paired_tests`).
+      seed, replicates: of the bootstrap.
     """
-    return tables.frame(_compare(root, None, seed, replicates), by_seed)
+    if name not in tables.FRAMES:
+        raise UserError(f"table: {name!r}, expected one of {', '.join(tables.FRAMES)}")
+    return tables.frame(_compare(root, None, seed, replicates), name)
 
 
 def write(found: comparison.Comparison, folder, *, title: str, replicates: int) -> str:
@@ -74,17 +88,18 @@ def write(found: comparison.Comparison, folder, *, title: str, replicates: int) 
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     images = {}
-    drawings = {m: [r for r in found.rows if r["metric"] == m] for m in tables.TITLES}
-    for name, rows in {**drawings, "pgr": found.rows}.items():
-        drawn = {} if not rows else plots.pgr(rows) if name == "pgr" else plots.quality(rows)
+    drawings = {m: (plots.quality, [r for r in found.rows if r["metric"] == m]) for m in tables.TITLES}
+    drawings |= {"pgr": (plots.pgr, found.rows), "misfit": (plots.misfit, found.misfit)}
+    drawings["reliability"] = plots.reliability, found.reliability
+    for name, (draw, rows) in drawings.items():
+        drawn = draw(rows) if rows else {}
         for kind in ("png", "svg"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)  # an older report's plot must not stand beside newer numbers
             if drawn:
                 _write_bytes(folder / f"{name}.{kind}", drawn[kind])
                 images[name] = f"{name}.png"
-    runlog.write_text(folder / "table.csv", tables.frame(found).to_csv(index=False))
-    runlog.write_text(folder / "by_seed.csv", tables.frame(found, by_seed=True).to_csv(index=False))
-    runlog.write_text(folder / "agreement.csv", tables.agreement_frame(found).to_csv(index=False))
+    for name in tables.FRAMES:
+        runlog.write_text(folder / f"{name}.csv", tables.frame(found, name).to_csv(index=False))
     text = tables.report(found, title, images, replicates)
     runlog.write_text(folder / "report.md", text)
     return text
@@ -93,7 +108,7 @@ def write(found: comparison.Comparison, folder, *, title: str, replicates: int) 
 def _compare(root, pairs, seed: int, replicates: int) -> comparison.Comparison:
     root = epath.Path(root).expanduser()
     if pairs is None:
-        pairs = comparison.read_pairs(root)
+        pairs = pairs_lib.read_pairs(root)
     with runlog.Progress(len({p["task"] for p in pairs}), label="report", unit="task") as bar:
         return comparison.compare(root, pairs, seed=seed, replicates=replicates, progress=lambda: bar.update(1))
 
@@ -107,7 +122,7 @@ def _own_runs(config) -> list[dict] | None:
         return None
     if lacks := [role for role in ("weak", "ceiling", "student") if role not in given]:
         raise UserError(f"{lacks[0]}: is not set, but {', '.join(given)} is; weak, ceiling and student go together")
-    return comparison.pair_of_runs(label=config.label, **given)
+    return pairs_lib.pair_of_runs(label=config.label, **given)
 
 
 def _write_bytes(path: epath.Path, content: bytes) -> None:
