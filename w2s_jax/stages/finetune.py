@@ -37,8 +37,7 @@ def _training_examples(prepared, labels, folder, limits, vocab, notes) -> tuple[
     """Training documents with the labels that are trained on (those that these weigh 0 are left out), validation documents with
     their truth (None without), the labels that would be trained on of these, `[documents, classes]`, and what was dropped."""
     parts = workload.training_parts(prepared, labels, folder, limits, vocab, notes)
-    n, dropped = len(parts.train), parts.dropped
-    fit = parts.given.select(range(n))
+    fit, dropped = parts.given.select(range(len(parts.train))), parts.dropped
     if fit.weights is not None:
         kept = np.flatnonzero(fit.weights > 0)
         dropped["filtered"] = len(fit) - len(kept)
