@@ -17,7 +17,7 @@ from ml_collections.config_dict import placeholder
 def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.stage = "probe"  # which stage of w2s_jax runs this config
-    c.seed = 0  # the probe's initialisation, and the random filter
+    c.seed = 0  # folds of the probe's cross-validation, and the random filter
     c.data_seed = 0  # coin, sampling, halves, test; that of the labelled run
 
     # Probe
