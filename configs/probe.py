@@ -17,7 +17,7 @@ from ml_collections.config_dict import placeholder
 def get_config(arg: str = "") -> ConfigDict:
     c = ConfigDict()
     c.stage = "probe"  # which stage of w2s_jax runs this config
-    c.seed = 0  # the probe's initialisation, and the random filter
+    c.seed = 0  # folds of the probe's cross-validation, and the random filter
     c.data_seed = 0  # coin, sampling, halves, test; that of the labelled run
 
     # Probe
@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.pool = "last"  # a document's feature: last (its last token) | mean (over its tokens)
     c.features = ""  # folder where features are kept, for any number of runs; empty = <workdir>/features
     c.dtype = "float32"  # compute: float32 | bfloat16
-    c.param_dtype = "float32"  # parameters: float32 | bfloat16 (with `run`: the run's)
+    c.param_dtype = "float32"  # parameters: float32 | bfloat16 | auto (the checkpoint's); with `run` the run's
     c.matmul_precision = "default"  # default | high | highest (default may mean TF32 or bfloat16 passes on an accelerator)
     c.attention = "auto"  # auto | xla | splash (TPU) | pallas, cudnn (GPU; cudnn: one document a row)
 

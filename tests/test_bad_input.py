@@ -115,6 +115,12 @@ EARLY = {  # answered before jax is imported
     "run to export that only pretrained": (
         lambda b: b.stage("export", f"--config.run={b.made.pretrained}"), "run=", "'pretrain'", "finetune"),
     "run to export that is a labelling": (lambda b: b.stage("export", f"--config.run={b.made.labels}"), "run=", "'label'", "finetune"),
+    # probes
+    "probe of no layer": (lambda b: b.stage("probe", "--config.layer=first"), "config.layer", "'first'", "middle, last or a number"),
+    "argument of another probe": (lambda b: b.stage("probe", "--config.probe_args.k=3"), "config.probe_args.k", "3", "'logistic'"),
+    "filter of everything": (lambda b: b.stage("probe", "--config.contamination=1"), "config.contamination", "1.0", "below 1"),
+    "probe of a labelling": (
+        lambda b: b.stage("probe", f"--config.run={b.made.labels}", f"--config.task={b.made.task}"), "run=", "'label'", "finetune"),
     # sweeps
     "sweep of one model": (lambda b: b.stage("sweep", f"--config.models={b.made.model},"), "config.models", "at least two"),
     "sweep with too few learning rates": (
@@ -195,6 +201,9 @@ LATE = {
     "file to label without a text": (lambda b: b.label(f"--config.file={b.file('more.jsonl', '{}')}"), "more.jsonl", "'input_ids'"),
     "file to label of another vocabulary": (
         lambda b: b.label(f"--config.file={b.file('more.jsonl', jsonl([{'input_ids': [77]}]))}"), "more/more/0/0", "77", "0 to 49"),
+    "probe of a layer that the model has not": (
+        lambda b: b.stage("probe", f"--config.model={b.made.model}", f"--config.task={b.made.task}", "--config.layer=3"),
+        "config.layer", "'3'", "to 2"),
     "part to label that is empty": (lambda b: b.label("--config.split=val"), "'val'", "n_val=0"),
     "workdir of an export that holds somebody's model": (
         lambda b: b.model_at("workdir/model") and b.stage("export", f"--config.run={b.made.run}"), "--workdir", "holds model/"),

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import threading
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import reference
 import test_families
 import tiny
 
-from w2s_jax import features, forward, models, workload
+from w2s_jax import claim, features, forward, models, runlog, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.config import shipped
 from w2s_jax.data.examples import Examples, one_hot
@@ -231,6 +232,27 @@ def test_a_pass_that_was_killed(bench, folder, tmp_path, monkeypatch, seconds):
         [a], [b] = (list(path.glob(f"*/*/{name}")) for path in (whole.path, made.path))
         assert a.read_bytes() == b.read_bytes() and a.parent.name == b.parent.name
     assert not list(made.path.glob("*/*/progress.json"))
+
+
+def test_two_that_want_the_same_at_once(bench, monkeypatch):
+    """The second waits for the first, and finds what it wanted."""
+    made, documents = bench(), examples()
+    inside, whole, waiting = threading.Event(), forward.passes, threading.Event()
+
+    def passes(*arguments, **options):
+        inside.set()
+        waiting.wait(5)
+        yield from whole(*arguments, **options)
+
+    monkeypatch.setattr(forward, "passes", passes)
+    one = threading.Thread(target=made.fill, args=(documents, 1))
+    one.start()
+    inside.wait(60)
+    monkeypatch.setattr(claim, "say", lambda text: waiting.set())  # ": waiting for host ..."
+    made.fill(documents, 1)
+    one.join()
+    assert waiting.is_set() and sum(n for _, n in made.computed) == 60
+    assert runlog.runs(made.path) == []  # a store is no run directory
 
 
 def test_a_finished_pass_that_was_damaged_or_lost_a_layer(bench):

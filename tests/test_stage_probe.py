@@ -226,6 +226,14 @@ def test_one_pass_for_all_runs_on_a_model(probe, tmp_path, counted, monkeypatch)
     assert (tmp_path / "predict/results.json").stat().st_mtime_ns == before and sum(counted) == distinct
 
 
+def test_the_checkpoints_own_type_is_a_type(probe, tmp_path, counted):
+    """param_dtype=auto reads the features that its type has made."""
+    stages.run(probe(features=str(tmp_path / "store")), str(tmp_path / "one"))
+    computed = sum(counted)
+    stages.run(probe(features=str(tmp_path / "store"), param_dtype="auto"), str(tmp_path / "two"))
+    assert sum(counted) == computed
+
+
 def test_half_a_adds_its_own_documents(probe, tmp_path, counted):
     stages.run(probe(features=str(tmp_path / "store")), str(tmp_path / "b"))
     both = sum(counted)

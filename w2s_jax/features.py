@@ -106,8 +106,9 @@ class Store:
         Raises:
           UserError: features that are not finite; no room on the disk.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        claim = Claim(self.path, wait=True)
+        place = self.path / ".claim"  # a folder of its own: a store is no run directory
+        place.mkdir(parents=True, exist_ok=True)
+        claim = Claim(place, wait=True)
         try:
             for needed, rows in self._needed(examples, tuple(sorted(set(layers)))).items():
                 _Pass(self, config, loaded, examples.select(rows), needed, stats if stats is not None else {}).run()

@@ -191,10 +191,14 @@ def precision(config):
     return jax.default_matmul_precision(None if config.matmul_precision == "default" else config.matmul_precision)
 
 
+def param_dtype(config, folder: hub.Folder) -> str:
+    """The type of the parameters: `config.param_dtype`, or that of the checkpoint where it says auto."""
+    return models.stored_dtype(folder) if config.param_dtype == "auto" else config.param_dtype
+
+
 def _build(config, folder: hub.Folder, head: str) -> models.Model:
-    param_dtype = models.stored_dtype(folder) if config.param_dtype == "auto" else config.param_dtype
     return models.build(
-        models.read_config(folder), head=head, dtype=config.dtype, param_dtype=param_dtype, remat=config.remat,
+        models.read_config(folder), head=head, dtype=config.dtype, param_dtype=param_dtype(config, folder), remat=config.remat,
         attention=config.attention, dropout=float(config.get("dropout", 0.0)), readout=config.readout, head_init=config.head_init,
         lora=lora(config))
 

@@ -88,7 +88,8 @@ def _run(config, workdir, source, prepared, labels, ident: dict, rerun: bool, st
 
     store = features.Store(
         config.features or epath.Path(workdir) / "features", ident["run"] or ident["model"], workload.shown(config.run or config.model),
-        pool=config.pool, dtype=opening.dtype, param_dtype=opening.param_dtype, matmul_precision=opening.matmul_precision)
+        pool=config.pool, dtype=opening.dtype, param_dtype=workload.param_dtype(opening, folder),
+        matmul_precision=opening.matmul_precision)
     missing = store.missing(work.needed, (layer,))
     loaded = None
     if missing:  # a model that cannot be read is refused before anything is written
