@@ -40,13 +40,23 @@ def run(config, workdir, *, rerun: bool = False, **options) -> dict:
     found = _compare(root, pairs, config.seed, config.replicates)
     folder = epath.Path(workdir or root).expanduser() / "report"
     text = write(found, folder, title=f"Weak-to-strong report: {epath.Path(root).expanduser().name}", replicates=config.replicates)
-    print("\n\n".join(part for part in text.split("\n\n") if not part.startswith("![")), end="", flush=True)
+    print(_printed(text), end="", flush=True)
     runlog.say(f"written: {folder}")
     if config.into:
         before, after = _around(config.into)
         runlog.write_text(epath.Path(config.into), f"{before}\n\n{tables.excerpt(found)}\n\n{after}")
         runlog.say(f"written: {config.into}")
     return {**vars(found), "report": os.fspath(folder)}
+
+
+LINES = 60  # of a section by seed that a terminal is given; longer ones stand in report.md alone
+
+
+def _printed(text: str) -> str:
+    """report.md without its plots, and without the tables by seed where they are long."""
+    sections = "\n\n".join(part for part in text.split("\n\n") if not part.startswith("![")).split("\n## ")
+    return "\n## ".join("By seed\n\nIn report.md: the tables are long.\n" if section.startswith("By seed") and section.count("\n") > LINES
+                        else section for section in sections)
 
 
 BEGIN, END = "<!-- report -->", "<!-- end of report -->"
