@@ -8,6 +8,7 @@ byte by byte, and its run directory not made.
 import gzip
 import hashlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -242,7 +243,7 @@ def test_every_number_in_the_configs_has_a_range():
     for name in configs.names():
         config = configs.shipped(name)
         for key in configs.flatten(config):
-            inner = key.removeprefix("base.").removeprefix("pretrain.")
+            inner = key if name != "sweep" else re.sub(r"^(base|pretrain|probe|prompt)\.", "", key)
             if configs.key_type(config, key) in (int, float) and not inner.startswith("mesh."):
                 assert inner in RANGES, f"configs/{name}.py: {key} takes any number, also one that ends in a traceback"
 

@@ -137,10 +137,11 @@ def test_keys_that_do_not_fit_together(keys, message, ladder, tiny_task):  # noq
     ("--config.probes=svm", "config.probes: 'svm', expected one of knn, logistic"),
     ("--config.floors=zero-shot", "config.floors: 'zero-shot', expected one of zero_shot, few_shot"),
     ("--config.members=tasks", "config.members: 'tasks', expected one of seeds, models"),
-    ("--config.s2s_rounds=-1", "config.s2s_rounds: -1, expected an integer of at least 0"),
+    ("--config.s2s_rounds=-1", "config.s2s_rounds: -1, expected a number at least 0"),
+    ("--config.floors=few_shot --config.shots=0", "config.shots: 0"),
 ])
 def test_values_that_are_none(flag, message, tmp_path, capsys):
-    assert main.main(["--config=sweep:runlocal", flag, f"--workdir={tmp_path / 'root'}"]) == 2
+    assert main.main(["--config=sweep:runlocal", *flag.split(), f"--workdir={tmp_path / 'root'}"]) == 2
     assert message.split(",")[0] in capsys.readouterr().err and not (tmp_path / "root").exists()
 
 

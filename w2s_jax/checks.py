@@ -29,7 +29,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "grad_clip": (0, 1e30), "weight_decay": (0, 1e30), "dropout": (0, 1 - 1e-9),
     "log_every": (1, math.inf), "eval_every": (0, math.inf), "eval_batch_size": (0, math.inf),
     "checkpoint_every": (0, math.inf), "patience": (0, math.inf), "steps_per_dispatch": (0, math.inf),
-    "contamination": (TINY, 1 - 1e-9), "shots": (0, 1000),
+    "contamination": (TINY, 1 - 1e-9), "shots": (0, 1000), "s2s_rounds": (0, math.inf),
     "replicates": (40, math.inf), "repeats": (1, math.inf), "n_label": (1, math.inf), "arch.vocab": (2, math.inf),
     "arch.width": (1, math.inf), "arch.layers": (1, math.inf), "arch.heads": (1, math.inf), "arch.context": (1, math.inf),
     "loss_args.alpha": (0, 1e6), "loss_args.beta": (0, 1e6), "loss_args.aux_coef": (0, 1), "loss_args.warmup": (0, 1e12),
@@ -62,7 +62,7 @@ def check(c: ConfigDict) -> None:
         _check_paths(c)
 
 
-def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> None:
+def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...], probes: tuple[str, ...] = ()) -> None:
     """Choices, ranges, arguments of the losses and of the optimizer, rules between keys."""
     for key, value in flatten(c).items():
         if value is None or (value == "" and defaults.get(key) == ""):  # left open
@@ -79,7 +79,7 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...]) -> Non
         if value is not None and c.train != "lora":
             raise UserError(f"config.lora.{name}: {value!r} is set, but train={c.train} trains no adapters; expected train=lora")
     if "probe" in c:
-        _check_arguments(c, "probe", PROBE_ARGS, (c.probe,))
+        _check_arguments(c, "probe", PROBE_ARGS, probes or (c.probe,))
     if "mesh" in c:
         _check_mesh(c.mesh)
     if "logger" in c:
@@ -132,7 +132,9 @@ def _check_sweep(c: ConfigDict) -> None:
             _choose(key, value, choices)
     _choose("members", c.members, ("seeds", "models"))
     for key in ("s2s_rounds", "shots"):
-        _in_range(key, c[key], (0 if key == "s2s_rounds" else 1, math.inf))
+        _in_range(key, c[key])
+    if "few_shot" in c.floors and not c.shots:
+        raise UserError("config.shots: 0, expected 1 or more for config.floors=few_shot")
     for rung in c.rungs:
         from w2s_jax.data.world import RUNGS
 
@@ -141,9 +143,12 @@ def _check_sweep(c: ConfigDict) -> None:
         _in_range("seeds", seed, RANGES["seed"], whole=True)
     for rate in c.learning_rates:
         _in_range("learning_rates", rate, RANGES["learning_rate"])
-    for key, check_one in (("base", _check_values), ("pretrain", _check_values), ("pretrain", lambda c, *_: _check_paths(c))):
+    probes = (*c.probes, *c.filters, *c.relabels)
+    for key in ("base", "pretrain", "probe", "prompt"):
         try:
-            check_one(c[key], flatten(shipped(c[key].stage)), ("xent", *c.losses) if key == "base" else ())
+            _check_values(c[key], flatten(shipped(c[key].stage)), ("xent", *c.losses) if key == "base" else (), probes)
+            if key == "pretrain":
+                _check_paths(c[key])
         except UserError as error:
             raise UserError(str(error).replace("config.", f"config.{key}.", 1)) from error
     for task in c.tasks:
