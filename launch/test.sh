@@ -9,14 +9,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$W2S_ROOT"
 
 w2s_env
-# The extra `test` of pyproject.toml but torch, which may fail to install.
+# The extra `test` of pyproject.toml but torch, which may fail to install, and what needs it: pip would bring another torch along.
 mapfile -t extra < <("$PYTHON" -c '
 import tomllib
 for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"]:
     print(name)')
-packages=() torch=""
+packages=() torch="" on_torch=()
 for name in "${extra[@]}"; do
-  case "$name" in torch*) torch="$name" ;; *) packages+=("$name") ;; esac
+  case "$name" in
+    torch*) torch="$name" ;;
+    peft*|accelerate*) on_torch+=("$name") ;;
+    *) packages+=("$name") ;;
+  esac
 done
 w2s_install "$PYTHON" "${packages[@]}"
 if [ "${W2S_TORCH:-1}" = 1 ] && ! "$PYTHON" -c 'import torch' >/dev/null 2>&1; then
@@ -24,6 +28,10 @@ if [ "${W2S_TORCH:-1}" = 1 ] && ! "$PYTHON" -c 'import torch' >/dev/null 2>&1; t
   # The CPU build sorts above PyPI's CUDA build, where its index can be reached.
   "$PYTHON" -m pip install --quiet --retries 1 --timeout 30 --extra-index-url https://download.pytorch.org/whl/cpu "$torch" ||
     echo "no PyTorch: the tests that compare with it will skip" >&2
+fi
+if "$PYTHON" -c 'import torch' >/dev/null 2>&1 && ! "$PYTHON" -c 'import peft' >/dev/null 2>&1; then
+  "$PYTHON" -m pip install --quiet --retries 1 --timeout 30 --no-deps "${on_torch[@]}" ||
+    echo "no peft: the tests that compare with it will skip" >&2
 fi
 
 status=0
