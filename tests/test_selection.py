@@ -99,6 +99,13 @@ def test_stopped_and_started_again(config, keys, dispatches, tmp_path, monkeypat
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
+def test_evaluations_compile_once(config, tmp_path):
+    """However often: validation documents are packed once, and the test set's pass is the one that the run ends with anyway."""
+    programs = [stages.run(tiny.set_keys(config.copy_and_resolve_references(), eval_every=every), str(tmp_path / str(every)))["programs"]
+                for every in (1, 3)]
+    assert programs[0] == programs[1]
+
+
 def test_the_cadence_is_part_of_such_a_run(config):
     """Elsewhere it says only how often figures are printed."""
     keys = stages.identity(config).keys()
