@@ -199,6 +199,7 @@ def attach(examples: Examples, path, dropped: frozenset[str] = frozenset()) -> E
             problems.append(f"{len(other)} labels were made for another text, the first {other[0]!r}")
     if problems:
         raise UserError(f"labels: {given.path} does not fit the data: {'; '.join(problems)} "
-                        "(task, data_seed, n_train, split and group must be those of the labelled run)")
+                        "(task, data_seed, n_train, split and group must be those of the labelled run; a document that was over-long for "
+                        "it has no label, unless overlong=truncate)")
     rows = [at[i] for i in examples.ids]
     return examples.replace(soft_labels=given.probs[rows], weights=None if given.weights is None else given.weights[rows])
