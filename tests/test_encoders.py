@@ -25,8 +25,8 @@ def encoder(shared, tmp_path_factory):
            "intermediate_size": 32, "max_position_embeddings": 32, "type_vocab_size": 2, "initializer_range": 0.3}
     model = models.build(models.parse(raw, "raw"), head="classifier")
     params = {k: v for k, v in jax.jit(model.init)(jax.random.key(0)).items() if k != "head"}
-    tensors = models.weights.entries(params, model.config, models.FAMILIES["bert"])
-    models.weights.write(folder, tensors, {"config.json": json.dumps(raw)}, shared / "data" / "tokenizers" / "bert-base-uncased")
+    tensors = models.writing.entries(params, model.config, models.FAMILIES["bert"])
+    models.writing.write(folder, tensors, {"config.json": json.dumps(raw)}, shared / "data" / "tokenizers" / "bert-base-uncased")
     return folder
 
 

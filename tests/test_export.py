@@ -15,7 +15,7 @@ import w2s_jax
 from w2s_jax import files, hub, main, models, stages, workload
 from w2s_jax.config import shipped
 from w2s_jax.data import world
-from w2s_jax.models import weights
+from w2s_jax.models import writing
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -283,8 +283,8 @@ def test_without_a_padding_token_documents_come_alone(run, tiny_task, tmp_path, 
 
 def test_several_files_on_several_devices(run, tiny_task, tmp_path, monkeypatch):
     _, one = export(run, tmp_path / "one", mesh__fsdp=1)
-    monkeypatch.setattr(weights, "SHARD", 20_000)
-    monkeypatch.setattr(weights, "AT_ONCE", 5_000)
+    monkeypatch.setattr(writing, "SHARD", 20_000)
+    monkeypatch.setattr(writing, "AT_ONCE", 5_000)
     _, folder = export(run, tmp_path / "several", mesh__fsdp=4, mesh__model=2)
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {(one / "README.md").stat().st_mode & 0o777}
@@ -329,7 +329,7 @@ def test_by_the_command_line_and_only_once(run, tmp_path, monkeypatch, capsys):
 
 def test_an_object_store_gets_the_files(run, tmp_path, monkeypatch):
     """Nothing is renamed there; files of an earlier model go."""
-    monkeypatch.setattr(weights, "is_object_store", lambda path: str(path).endswith("export/model"))
+    monkeypatch.setattr(writing, "is_object_store", lambda path: str(path).endswith("export/model"))
     export(run, tmp_path / "export")
     (tmp_path / "export/model/model-00001-of-00002.safetensors").write_bytes(b"old")
     stages.run(tiny.set_keys(shipped("export"), run=str(run)), str(tmp_path / "export"), rerun=True)

@@ -142,7 +142,7 @@ def test_names_of_older_checkpoints(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(BERT))
     model = models.build(models.read_config(tmp_path), head="classifier")
     params = {k: v for k, v in jax.jit(model.init)(jax.random.key(0)).items() if k != "head"}
-    tensors = {name: entry.get() for name, entry in models.weights.entries(params, model.config, models.FAMILIES["bert"]).items()}
+    tensors = {name: entry.get() for name, entry in models.writing.entries(params, model.config, models.FAMILIES["bert"]).items()}
     old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v for k, v in tensors.items()}
     assert old.keys() != tensors.keys()
     old |= {"cls.predictions.bias": np.zeros(97, np.float32), "bert.embeddings.position_ids": np.arange(24)[None]}

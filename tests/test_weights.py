@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from w2s_jax import models
 from w2s_jax.errors import UserError
-from w2s_jax.models import weights
+from w2s_jax.models import weights, writing
 
 RAW = {"model_type": "gpt2", "vocab_size": 96, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_inner": 80, "n_positions": 24,
        "initializer_range": 0.3}
@@ -231,7 +231,7 @@ def test_a_failed_save_leaves_the_old_folder(folder, params, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights, "save_file", fail)
+    monkeypatch.setattr(writing, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         models.save(folder, jax.tree.map(jnp.zeros_like, params), RAW)
     assert [p.name for p in folder.parent.iterdir()] == ["model"]

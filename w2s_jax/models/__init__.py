@@ -19,7 +19,7 @@ from flax import nnx
 
 from w2s_jax.errors import UserError, nearest
 from w2s_jax.models import attention as attention_lib
-from w2s_jax.models import heads, weights
+from w2s_jax.models import heads, weights, writing
 from w2s_jax.models import lora as lora_lib
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.backbone import REMAT, Backbone
@@ -246,6 +246,6 @@ def unembedding(folder, model: Model, ids) -> np.ndarray:
 
 
 def save(folder, params: dict, raw: dict, tokenizer_files_from=None) -> None:
-    """Write a language model in Hugging Face's format; see w2s_jax.models.weights.save. `raw`: its config.json."""
+    """Write a language model in Hugging Face's format; see w2s_jax.models.writing.save. `raw`: its config.json."""
     config = parse(raw, "config.json")
-    weights.save(folder, params, raw, config, FAMILIES[raw["model_type"]], tokenizer_files_from)
+    writing.save(folder, params, raw, config, FAMILIES[raw["model_type"]], tokenizer_files_from)

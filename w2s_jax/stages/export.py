@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from w2s_jax import __version__, hub, models, peft, registry, runlog, workload
 from w2s_jax.errors import UserError
 from w2s_jax.files import plain
-from w2s_jax.models import heads, weights
+from w2s_jax.models import heads, writing
 from w2s_jax.models.families import Family, qwen1
 from w2s_jax.progress import Progress, say
 from w2s_jax.runlog import Run
@@ -83,10 +83,10 @@ def _run(config, workdir, source, loaded: workload.Loaded, tokenizer_files: str,
         files = {peft.CONFIG: json.dumps(settings, indent=2, sort_keys=True) + "\n", peft.TENSORS: adapter,
                  "README.md": readme(form, loaded, source)}
     else:
-        tensors = weights.entries(params, arch, form.family)
+        tensors = writing.entries(params, arch, form.family)
         files = {"config.json": json.dumps(form.raw, indent=2, sort_keys=True) + "\n", "README.md": readme(form, loaded, source)}
     if form.kind == "classifier":
-        tensors |= {name: weights.Entry(array.nbytes, lambda array=array: array) for name, array in head.items()}
+        tensors |= {name: writing.Entry(array.nbytes, lambda array=array: array) for name, array in head.items()}
     elif form.kind == "backbone":
         files[SCORE] = save(head, metadata={"format": "pt"})
     with Run.open(workdir, config, ident, rerun=rerun) as run_:
@@ -98,7 +98,7 @@ def _run(config, workdir, source, loaded: workload.Loaded, tokenizer_files: str,
             def counted(entry):
                 return entry._replace(get=lambda: progress.update() or entry.get())
 
-            weights.write(target, {name: counted(entry) for name, entry in tensors.items()}, files, tokenizer_files)
+            writing.write(target, {name: counted(entry) for name, entry in tensors.items()}, files, tokenizer_files)
         results = {
             "class": form.name, "kind": form.kind, "classes": loaded.model.classes, "readout": loaded.model.readout,
             "dtype": form.raw["dtype"], "pad_token_id": form.pad, "tokenizer": _has_tokenizer(tokenizer_files),
