@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data_seed = 0  # coin, sampling, halves, test; that of the labelled run
 
     # Probe
-    c.mode = "predict"  # predict (the test set) | filter (the split's labels) | relabel (the split's documents)
+    c.mode = "predict"  # predict (the test set) | filter (the split's labels) | relabel (the split's documents) | extract (features alone)
     c.probe = "logistic"  # knn logistic linear mean_difference topofilter
     c.probe_args = ConfigDict()  # arguments of the probes; unset = the chosen probe's own default
     c.probe_args.k = placeholder(int)  # knn, topofilter: neighbours (50)
@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model = "gpt2"  # hub id, or a local folder in Hugging Face's format
     c.revision = ""  # branch, tag or commit of a hub model (empty = main); recorded as a commit hash
     c.run = ""  # features of this finetune run's model instead of the pretrained `model`
-    c.layer = "middle"  # middle (layers // 2) | last | a number: 0 = embeddings, i = output of layer i
+    c.layer = "middle"  # middle (layers // 2) | last | a number: 0 = embeddings, i = output of layer i | all (mode=extract)
     c.pool = "last"  # a document's feature: last (its last token) | mean (over its tokens)
     c.features = ""  # folder where features are kept, for any number of runs; empty = <workdir>/features
     c.dtype = "float32"  # compute: float32 | bfloat16

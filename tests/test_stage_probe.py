@@ -112,7 +112,7 @@ def test_predict(made, probe, tmp_path, keys):
     assert frame.id.to_list() == data.test.ids and frame.label.to_list() == data.test.labels.tolist()
     np.testing.assert_allclose(frame.p, expected, atol=1e-4 if config.probe == "logistic" else 1e-5)
     assert results["accuracy"] == np.mean((frame.p > 0.5) == frame.label) and results["n_test"] == 30
-    assert results["n_train"] == N // 2 - VAL and results["layer"] == layer and results["val_accuracy"] is not None
+    assert results["n_train"] == N // 2 - VAL and results["layers"] == [layer] and results["val_accuracy"] is not None
     assert len(run.predictions("val")) == VAL and results["probe"]
     assert run.record["identity"]["run"] == "" and run.record["parents"] == ([str(made["labels"])] if config.labels else [])
 
@@ -188,13 +188,39 @@ def test_overlong_documents_are_dropped_and_counted(made, probe, tmp_path):
     assert frame.id.to_list()[: len(short)] == short and 0 < len(short) < len(data.train) and results["n_dropped"]["overlong"]
 
 
+def test_extract_all_layers_in_one_pass_and_probe_them_later(made, probe, tmp_path, counted):
+    """Every layer of every document of the split and of the test set; what follows reads."""
+    store = str(tmp_path / "store")
+    config = probe(mode="extract", layer="all", labels="", features=store)
+    results = stages.run(config, str(tmp_path / "run"))
+    assert results["layers"] == list(range(LAYERS + 1)) and results["n_features"] == N // 2 + 30 == sum(counted)
+    index = json.loads(next(Path(store).glob("*/*/index.json")).read_text())
+    data = splits.prepare(config)
+    for layer in range(LAYERS + 1):
+        array = np.load(next(Path(store).glob(f"*/*/layer-{layer:03d}.npy")), mmap_mode="r")
+        rows = [index["ids"].index(i) for i in data.test.ids]
+        np.testing.assert_allclose(array[rows], by_hand(made["strong"], data.test, layer, "last"), atol=1e-5)
+    for layer in ("0", "last"):
+        assert stages.run(probe(layer=layer, features=store), str(tmp_path / layer))["n_features_computed"] == 0
+    assert sum(counted) == N // 2 + 30
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({"layer": "all"}, "config.layer: 'all', expected middle, last or a number .*; all with mode=extract"),
+    ({"mode": "extract"}, "config.labels: .*mode=extract has no use for labels"),
+])
+def test_extract_and_nothing_else(probe, tmp_path, keys, message):
+    with pytest.raises(UserError, match=message):
+        stages.run(probe(**keys), str(tmp_path / "run"))
+
+
 def test_the_features_of_a_run(made, probe, tmp_path, counted):
     """Those of the trained model, not of the one that it came from."""
     keys = {"model": "not/read", "run": str(made["weak"])}
     one = stages.run(probe(**keys), str(tmp_path / "one"))
     run = w2s_jax.load(tmp_path / "one")
     assert run.record["identity"]["run"].startswith("run:") and run.record["identity"]["model"] == "" and run.config.model != "not/read"
-    assert sum(counted) == N // 2 + 30 and one["layer"] == 1  # of 2
+    assert sum(counted) == N // 2 + 30 and one["layers"] == [1]  # of 2
     assert str(made["weak"]) in run.record["parents"]
     stages.run(probe(model=str(made["strong"])), str(tmp_path / "two"))
     assert run.record["feature_store"] != w2s_jax.load(tmp_path / "two").record["feature_store"]

@@ -226,8 +226,10 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
             raise UserError(f"config.arch.heads: {c.arch.heads}, expected a divisor of config.arch.width ({c.arch.width})")
         if c.get("max_length", 0) > c.arch.context:
             raise UserError(f"config.max_length: {c.max_length}, expected at most config.arch.context ({c.arch.context})")
-    if "layer" in c and c.layer not in ("middle", "last") and not c.layer.isdecimal():
-        raise UserError(f"config.layer: {c.layer!r}, expected middle, last or a number of 0 (embeddings) or more")
+    if "layer" in c and c.layer not in ("middle", "last") and not c.layer.isdecimal() and (c.layer, c.mode) != ("all", "extract"):
+        raise UserError(f"config.layer: {c.layer!r}, expected middle, last or a number of 0 (embeddings) or more; all with mode=extract")
+    if c.get("mode") == "extract" and c.labels:
+        raise UserError(f"config.labels: {c.labels!r}, but mode=extract has no use for labels")
     if c.get("stage") == "prompt":
         if c.template and (c.template.count("{text}") != 1 or c.template.count("{answer}") != 1 or not c.template.endswith("{answer}")):
             raise UserError(f"config.template: {c.template!r}, expected {{text}} once and {{answer}} once, at the end")

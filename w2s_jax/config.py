@@ -67,7 +67,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("constant", "cosine", "linear"),
     "optimizer": tuple(OPTIMIZER_ARGS),
     "probe": tuple(PROBE_ARGS),
-    "mode": ("predict", "filter", "relabel"),
+    "mode": ("predict", "filter", "relabel", "extract"),
     "pool": ("last", "mean"),
     "how": ("mean", "vote", "disagreement"),
     "calibrate": ("none", "content_free", "prior"),

@@ -58,6 +58,11 @@ def layer_number(layer: str, layers: int) -> int:
     return number
 
 
+def layer_numbers(layer: str, layers: int) -> tuple[int, ...]:
+    """As `layer_number`, and `all`: 0 to `layers`."""
+    return tuple(range(layers + 1)) if layer == "all" else (layer_number(layer, layers),)
+
+
 class Store:
     """The features of one model, read in one way.
 

@@ -1,4 +1,5 @@
-"""Probes on frozen features of a pretrained model: predict the test set, filter a student's training documents or relabel them.
+"""Probes on frozen features of a pretrained model: predict the test set, filter a student's training documents or relabel them;
+or the features alone.
 
 EleutherAI/w2s (probes on the strong model's middle layer; https://blog.eleuther.ai/weak-to-strong). There a filter or a
 relabelling also touched the labels of the validation documents; here these are neither fitted nor changed.
@@ -46,6 +47,8 @@ def identity(config, planned: dict | None = None, task: str | None = None) -> di
         fingerprints["model"] = workload.fingerprint_model(config.model, config.revision, planned)
     if config.mode != "filter":
         fingerprints["contamination"] = None  # says nothing there
+    if config.mode == "extract":
+        fingerprints |= {"probe": None, "probe_args": None}
     return config_lib.identity(config, fingerprints)
 
 
@@ -78,7 +81,7 @@ def _run(config, workdir, source, prepared, labels, ident: dict, rerun: bool, st
     opening = _opening(config, source)
     folder = hub.resolve(opening.model, opening.revision)
     arch = models.read_config(folder)
-    layer = features.layer_number(config.layer, arch.layers)
+    layers = features.layer_numbers(config.layer, arch.layers)
     limits = workload.Limits(config.max_length, arch.max_positions, config.overlong)
     parts = workload.training_parts(prepared, labels, folder, limits, arch.vocab, notes)
     test, test_counts = workload.tokenized(prepared.test, folder, limits, arch.vocab, "test", notes)
@@ -90,35 +93,36 @@ def _run(config, workdir, source, prepared, labels, ident: dict, rerun: bool, st
         config.features or epath.Path(workdir) / "features", ident["run"] or ident["model"], workload.shown(config.run or config.model),
         pool=config.pool, dtype=opening.dtype, param_dtype=workload.param_dtype(opening, folder),
         matmul_precision=opening.matmul_precision)
-    missing = store.missing(work.needed, (layer,))
+    missing = store.missing(work.needed, layers)
     loaded = None
     if missing:  # a model that cannot be read is refused before anything is written
         loaded = workload.restore(source, opening) if source else workload.open_model(opening)
     stats: dict = {}
     with Run.open(workdir, config, ident, rerun=rerun) as run_:
         run_.start({
-            "fingerprints": {"task": prepared.fingerprint}, "revision": folder.commit, "layer": layer, "feature_store": str(store.path),
+            "fingerprints": {"task": prepared.fingerprint}, "revision": folder.commit, "layers": layers, "feature_store": str(store.path),
             "mesh": dict(loaded.mesh.shape) if loaded else None, "lesser_sharding": loaded.replicated if loaded else [],
             "checkpoint": loaded.step if loaded and source else None, "parents": [p for p in (config.labels, config.run) if p]})
         for note in notes:
             say(note)
-        say(f"{workload.shown(workdir)}: {config.mode} by {config.probe} on layer {layer} of {arch.layers} of "
-            f"{workload.shown(config.run or config.model)}, {workload.shown(config.task)}, {len(work.fit)} documents to fit, "
+        what = "extract" if config.mode == "extract" else f"{config.mode} by {config.probe}, {len(work.fit)} documents to fit,"
+        which = f"layers 0 to {arch.layers}" if len(layers) > 1 else f"layer {layers[0]} of {arch.layers}"
+        say(f"{workload.shown(workdir)}: {what} on {which} of {workload.shown(config.run or config.model)}, {workload.shown(config.task)}, "
             f"{missing} of {len(work.needed)} documents without features yet")
         passed = time.perf_counter()
         if loaded:
-            store.fill(config, loaded, work.needed, (layer,), stats=stats)
+            store.fill(config, loaded, work.needed, layers, stats=stats)
             loaded = None  # its memory is free for the probe
         passed, fitted = time.perf_counter() - passed, time.perf_counter()
-        results = {"predict": work.predict, "filter": work.filter, "relabel": work.relabel}[config.mode](
-            run_, lambda part: store.get(part, layer))
+        use = {"predict": work.predict, "filter": work.filter, "relabel": work.relabel, "extract": work.extract}[config.mode]
+        results = use(run_, lambda part: store.get(part, layers[0]))
         results |= {
-            "n_train": len(work.fit), "n_dropped": parts.dropped, "n_dropped_test": test_counts, "layer": layer,
+            "n_train": len(work.fit), "n_dropped": parts.dropped, "n_dropped_test": test_counts, "layers": list(layers),
             "n_features_computed": stats.get("documents", 0), "feature_batches": stats.get("batches", 0), "feature_seconds": passed,
             "probe_seconds": time.perf_counter() - fitted, "programs": len(stats.get("programs", ())),
             "compile_seconds": stats.get("compile_seconds", 0.0), "seconds": time.perf_counter() - start}
         run_.finish(results)
-    say(f"{workload.shown(workdir)}: {summary(results)}")
+    say(f"{workload.shown(workdir)}: {summary(results)}" + (f", in {store.path}" if config.mode == "extract" else ""))
     if config.mode == "predict" and (warning := metrics.small_test_warning(results)):
         say(warning)
     return results
@@ -139,7 +143,8 @@ def _opening(config, source):
 
 
 class _Work:
-    """The three uses of a probe. `fit`: rows of the training documents whose labels count; `needed`: documents whose features do."""
+    """The uses of a probe, and its features alone. `fit`: rows of the training documents whose labels count; `needed`: documents
+    whose features do."""
 
     def __init__(self, config, parts: workload.Parts, test):
         self.config, self.parts, self.test = config, parts, test
@@ -149,10 +154,10 @@ class _Work:
         self.fit = np.arange(len(parts.train)) if weights is None else np.flatnonzero(weights[: len(parts.train)] > 0)
         if not len(self.fit):
             raise UserError(f"labels: {config.labels} leaves no training document: all {len(parts.train)} have weight 0")
-        if config.mode != "predict" and np.isnan(parts.given.soft_labels).any():
+        if config.mode in ("filter", "relabel") and np.isnan(parts.given.soft_labels).any():
             bad = int(np.argmax(np.isnan(parts.given.soft_labels).any(1)))
             raise UserError(f"task={config.task!r}: validation document {parts.given.ids[bad]!r} has no label, expected one, or labels")
-        wanted = [parts.train, parts.val, test] if config.mode == "predict" else [parts.train]
+        wanted = [parts.train] if config.mode in ("filter", "relabel") else [parts.train, parts.val, test]
         self.needed = splits.concat(*(part for part in wanted if len(part)))
 
     def _data(self, read) -> tuple:
@@ -161,6 +166,10 @@ class _Work:
 
     def _drawn(self) -> dict:
         return {"seed": self.config.seed, "groups": [self.parts.train.groups[row] for row in self.fit]}
+
+    def extract(self, run_, read) -> dict:
+        """Nothing further: the features are in the store."""
+        return {"n_features": len(self.needed)}
 
     def predict(self, run_, read) -> dict:
         """Predictions of the test (and validation) documents."""
@@ -234,6 +243,8 @@ def summary(results: dict) -> str:
                      f"(at random {shown('label_accuracy_random')}), wrong among the left out {shown('precision_filtered')} "
                      f"(at random {shown('precision_random')})")
         return line
+    if "n_features" in results:
+        return f"features of {results['n_features']} documents at {len(results['layers'])} layer(s)"
     if "changed_fraction" in results:
         line = f"{results['n'] - results['n_val']} documents relabelled, {results['changed_fraction']:.1%} change class"
         if "label_accuracy" in results:
