@@ -32,6 +32,7 @@ class State(NamedTuple):
     evaluations: jax.Array
     stuck: jax.Array
     mark: jax.Array  # [3]: value, gradient's norm and evaluations when there was progress last
+    best: tuple[jax.Array, jax.Array, jax.Array]  # point, value and gradient's norm: of points of equal value that of the least norm
 
 
 def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -42,8 +43,8 @@ def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tu
         evaluations: of value and gradient, at most.
 
     Returns:
-        The point, the gradient's norm there, and how many evaluations it took. Where float32 shows no way further down, it stops
-        with a larger norm.
+        The best point, the gradient's norm there, and how many evaluations it took. Where float32 shows no way further down, it
+        stops with a larger norm.
     """
     value_and_grad = jax.value_and_grad(function)
     dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
@@ -84,7 +85,7 @@ def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tu
         direction = direction_of(gradient, moves, changes, inverse)
         downhill = dot(direction, gradient) < 0
         accepted = State(point, value, gradient, jnp.where(downhill, direction, -gradient), jnp.float32(1), moves, changes,
-                         jnp.where(downhill, inverse, 0.0), state.evaluations + 1, jnp.bool_(False), state.mark)
+                         jnp.where(downhill, inverse, 0.0), state.evaluations + 1, jnp.bool_(False), state.mark, state.best)
 
         # The minimum of the parabola through value, slope and the trial's value, but between a tenth and a half.
         parabola = -slope * state.step**2 / (2 * (value - state.value - slope * state.step))
@@ -98,7 +99,10 @@ def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tu
         now = jnp.stack([state.value, jnp.linalg.norm(state.gradient), state.evaluations.astype(jnp.float32)])
         better = (now[0] < state.mark[0] - ROUNDING * jnp.abs(state.mark[0])) | (now[1] < 0.9 * state.mark[1])
         mark = jnp.where(better, now, state.mark)
-        return state._replace(mark=mark, stuck=state.stuck | (now[2] - mark[2] >= PATIENCE))
+        room = ROUNDING * jnp.abs(state.best[1])  # the last steps go to and fro within what rounding leaves
+        nearer = (now[0] < state.best[1] - room) | ((now[0] <= state.best[1] + room) & (now[1] < state.best[2]))
+        best = jax.tree.map(lambda a, b: jnp.where(nearer, a, b), (state.point, now[0], now[1]), state.best)
+        return state._replace(mark=mark, best=best, stuck=state.stuck | (now[2] - mark[2] >= PATIENCE))
 
     def unfinished(state: State):
         far = (state.evaluations == 0) | (jnp.linalg.norm(state.gradient) > tolerance)
@@ -106,6 +110,7 @@ def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tu
 
     zeros, history = jnp.zeros_like(start), jnp.zeros((MEMORY, *start.shape), start.dtype)
     state = State(start, jnp.float32(jnp.inf), zeros, zeros, jnp.float32(1), history, history, jnp.zeros(MEMORY, start.dtype),
-                  jnp.int32(0), jnp.bool_(False), jnp.array([jnp.inf, jnp.inf, 0], jnp.float32))
+                  jnp.int32(0), jnp.bool_(False), jnp.array([jnp.inf, jnp.inf, 0], jnp.float32),
+                  (start, jnp.float32(jnp.finfo(jnp.float32).max), jnp.float32(jnp.inf)))
     state = jax.lax.while_loop(unfinished, turn, state)
-    return state.point, jnp.linalg.norm(state.gradient), state.evaluations
+    return state.best[0], state.best[2], state.evaluations
