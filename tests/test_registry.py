@@ -39,3 +39,12 @@ def test_a_mesh_that_is_partly_set_is_completed(given, mesh):
     filled = registry.fill(config)
     assert tuple(filled.mesh[axis] for axis in ("data", "fsdp", "model")) == mesh
     assert (filled.learning_rate, filled.remat, filled.revision) == (1e-3, "dots", "step1000")
+
+
+@pytest.mark.parametrize("model, rate", [("Qwen/Qwen1.5-0.5B", 5e-4), ("meta-llama/Meta-Llama-3-8B", 8e-5), ("somebody/else", 2e-4)])
+def test_adapters_have_rates_of_their_own_and_settings(model, rate):
+    config = shipped("finetune")
+    config.model, config.train, config.lora.rank = model, "lora", 4
+    filled = registry.fill(config)
+    assert filled.learning_rate == rate and registry.fill(filled) is filled
+    assert dict(filled.lora) == {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear", "rslora": False, "init": ""}
