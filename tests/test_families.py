@@ -167,9 +167,9 @@ def test_classifier_and_gradients(saved, case):
               np.concatenate([named[f"layers.2.self_attn.{x}_proj.weight"] for x in "qkv"]).T, 1e-5)
         return
     checked = 0
-    for path, layer, name in weights._each(weights.names_of(flat, model.config, family, family.prefixes[0])):
+    for path, layer, name in weights.each(weights.names_of(flat, model.config, family, family.prefixes[0])):
         got = np.asarray(flat[path] if layer is None else flat[path][layer])
-        close(got.T if weights._transposed(path, family) else got, named[name], 2e-5, name)
+        close(got.T if weights.transposed(path, family) else got, named[name], 2e-5, name)
         checked += 1
     assert checked == sum(len(v) - v.count(None) if isinstance(v, list) else 1
                           for v in weights.names_of(flat, model.config, family, "").values())
