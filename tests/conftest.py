@@ -4,7 +4,6 @@ The environment must be set before jax is imported by anyone, so it is set at th
 which pytest reads first. `JAX_PLATFORMS=cuda pytest ...` overrides the platform.
 """
 
-import gc
 import os
 import subprocess
 import sys
@@ -33,18 +32,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
-    """Forget compiled programs between test files once they are many: each holds about ten memory maps, of which Linux gives a
-    process 65530 (vm.max_map_count); XLA ends it with a segmentation fault at the next one."""
+    """Forget compiled programs between test files once they are many; see `forward.make_room`."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
-        import jax
-
+    if "jax" in sys.modules:
         from w2s_jax import forward
 
-        forward._compiled.clear()
-        jax.clear_caches()
-        gc.collect()
+        forward.make_room(10_000)  # fewer than `stages.run` allows: no test counts compilations while it makes room
 
 
 @pytest.fixture(scope="session")

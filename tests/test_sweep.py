@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import w2s_jax
 from w2s_jax import config as config_lib
-from w2s_jax import experiment, main, runlog, stages, train
+from w2s_jax import experiment, forward, main, runlog, stages, train
 from w2s_jax import graph as graph_lib
 from w2s_jax.config import shipped
 from w2s_jax.errors import UserError
@@ -266,3 +266,17 @@ def test_one_broken_task_leaves_the_others_their_report(ladder, tiny_task, tmp_p
         stages.run(sweep(ladder[:2], [bad, tiny_task]), str(root))
     assert sum(runlog.state(f.parent) == "done" for f in root.glob("tiny/*/results.json")) == 4
     assert "tiny" in (root / "report/table.csv").read_text()
+
+
+def test_a_long_sweep_makes_room_for_its_programs(ladder, tiny_task, tmp_path, monkeypatch):
+    """Thousands of programs in one process would end it (vm.max_map_count); between runs they are forgotten, and made again."""
+    forgotten, real = [], forward.make_room
+
+    def make_room(maps=None):
+        forgotten.append((len(forward._compiled), real(0)))
+
+    monkeypatch.setattr(forward, "make_room", make_room)
+    results = stages.run(sweep(ladder[:2], [tiny_task]), str(tmp_path / "root"))
+    assert len(forgotten) >= len(results["runs"]) + 1 and all(done for _, done in forgotten)
+    assert max(programs for programs, _ in forgotten[2:]) > 0 and set(results["runs"].values()) == {"done"}
+    assert not real(10**9)  # there is room

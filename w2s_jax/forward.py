@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,6 +36,24 @@ def compiled(key, make: Callable, stats: dict | None = None):
     if stats is not None:
         stats.setdefault("programs", set()).add(key)
     return _compiled[key]
+
+
+def make_room(maps: int | None = None) -> bool:
+    """Forget this process's compiled programs once they are many: to be called between runs. Says whether it did.
+
+    On a CPU a program holds ten memory maps and more, of which Linux gives a process 65530 (vm.max_map_count); LLVM aborts at
+    the next one. `maps`: how many are many; None = a quarter of what the kernel gives. Elsewhere than on Linux nothing is known
+    of them, and nothing is done.
+    """
+    there, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+    if not there.exists() or not limit.exists():
+        return False
+    if there.read_bytes().count(b"\n") <= (int(limit.read_text()) // 4 if maps is None else maps):
+        return False
+    _compiled.clear()
+    jax.clear_caches()
+    gc.collect()
+    return True
 
 
 def _compile(lowered):

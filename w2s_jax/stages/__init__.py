@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 from w2s_jax import registry
 from w2s_jax.config import CHOICES
@@ -28,6 +29,10 @@ def run(config, workdir, **options) -> dict:
     if name not in STAGES:
         raise UserError(f"config.stage: {name!r} is not a stage: expected one of {', '.join(STAGES)}{nearest(name, STAGES)}")
     check(config)
+    if "jax" in sys.modules:  # an earlier run of this process may have left its programs
+        from w2s_jax import forward
+
+        forward.make_room()
     return importlib.import_module(STAGES[name]).run(registry.fill(config), workdir, **options)
 
 
