@@ -15,7 +15,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import w2s_jax
-from w2s_jax import forward, losses, main, models, stages, train, workload
+from w2s_jax import forward, losses, main, models, registry, stages, train, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.config import shipped
 from w2s_jax.errors import UserError
@@ -49,8 +49,6 @@ PEFT_CASES = {  # case -> target_modules and other settings of the adapter that 
 
 def logits(config, task):
     """Of the model that a run would begin with, on the test documents; and the model."""
-    from w2s_jax import registry
-
     config = registry.fill(config)
     with workload.precision(config):
         loaded = workload.open_model(config)
@@ -89,7 +87,7 @@ def test_an_adapter_that_peft_made(case, task, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
     assert np.ptp(expected) > 0.1
     # And back: the same tensors under the same names.
-    settings, content = models.adapter_files(loaded.params, loaded.model, workload.lora(registry_filled(config)), "base", "")
+    settings, content = models.adapter_files(loaded.params, loaded.model, workload.lora(registry.fill(config)), "base", "")
     (tmp_path / "ours.safetensors").write_bytes(content)
     ours, theirs = load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -99,12 +97,6 @@ def test_an_adapter_that_peft_made(case, task, tmp_path):
     assert {k: settings[k] for k in ("r", "lora_alpha", "use_rslora", "bias")} == {
         k: theirs[k] for k in ("r", "lora_alpha", "use_rslora", "bias")}
     assert theirs["modules_to_save"] is None or settings["modules_to_save"][0] in theirs["modules_to_save"]
-
-
-def registry_filled(config):
-    from w2s_jax import registry
-
-    return registry.fill(config)
 
 
 @pytest.mark.parametrize("case, targets, dtype", [
@@ -131,7 +123,7 @@ def test_a_run_in_pefts_format(case, targets, dtype, task, tmp_path, monkeypatch
     function = test_export.the_readme(folder, monkeypatch, capsys)
     pad = int(re.search(r"pad_token_id = (\d+)", (folder / "README.md").read_text()).group(1)) if config.get("is_decoder", True) else 0
     test_export.close(ours, function(*test_export.padded(documents, pad)))
-    again = registry_filled(tiny.finetune(base, task, train="lora", lora__init=str(folder), seed=5))
+    again = registry.fill(tiny.finetune(base, task, train="lora", lora__init=str(folder), seed=5))
     assert again.lora.rank == 4 and again.lora.alpha == 8.0
     trained = w2s_jax.load(run).model().params
     jax.tree.map(np.testing.assert_array_equal, models.paths(workload.open_model(again).params), models.paths(trained))
@@ -257,7 +249,7 @@ def test_the_base_keeps_its_type_and_adapters_are_float32(tmp_path):
     folder = tiny.write_model(tmp_path / "base", seed=2)
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v.astype(jnp.bfloat16) for k, v in tensors.items()}, folder / "model.safetensors")
-    config = registry_filled(tiny.finetune(folder, "t", param_dtype="auto", dtype="bfloat16", **KEYS))
+    config = registry.fill(tiny.finetune(folder, "t", param_dtype="auto", dtype="bfloat16", **KEYS))
     loaded = workload.open_model(config)
     types = {p: leaf.dtype for p, leaf in models.paths(loaded.params).items()}
     assert {str(t) for p, t in types.items() if "/lora_" in p or p.startswith("head/")} == {"float32"}
