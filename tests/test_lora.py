@@ -15,7 +15,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import w2s_jax
-from w2s_jax import forward, losses, main, models, registry, stages, train, workload
+from w2s_jax import feeding, forward, losses, main, models, registry, stages, train, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.config import shipped
 from w2s_jax.errors import UserError
@@ -183,7 +183,7 @@ def fit(mesh=None, *, keys=(), name="xent", **options):
     start = tiny.random_params(model.abstract, seed=4)
     config, corpus, steps = tiny.finetune("m", "t", **{"steps_per_dispatch": 2} | dict(keys)), test_train.make_corpus(), test_train.STEPS
     batches = [np.arange(test_train.BATCH) + i * test_train.BATCH for i in range(steps)]
-    plan = train.make_plan(config, model, corpus, batches, mesh)
+    plan = feeding.make_plan(config, model, corpus, batches, mesh)
     program = train.Program(model, losses.make(name, ground_truth=False), test_train.optimizer(), mesh, "lora")
     shardings = program.shardings()
     assert jax.tree.structure(shardings["trainable"]) == jax.tree.structure(train.split_params(start, "lora")[0])

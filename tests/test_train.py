@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import w2s_jax
-from w2s_jax import forward, losses, models, optimizers, stages, train
+from w2s_jax import feeding, forward, losses, models, optimizers, stages, train
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.config import LOSS_ARGS
 from w2s_jax.data import packing
@@ -96,7 +96,7 @@ def make_corpus(steps=STEPS):
     rng = np.random.default_rng(3)
     documents = tiny.documents(steps * BATCH, seed=3)
     p = rng.uniform(0.02, 0.98, len(documents)).astype(np.float32)
-    return train.Corpus(documents, np.stack([1 - p, p], -1), np.ones(len(documents), np.float32), [f"d{i}" for i in range(len(documents))])
+    return feeding.Texts(documents, np.stack([1 - p, p], -1), np.ones(len(documents), np.float32), [f"d{i}" for i in range(len(documents))])
 
 
 @functools.cache
@@ -120,7 +120,7 @@ def fit(loss, mesh=None, *, options=(), steps=STEPS, plan=None, trained="full", 
     config = tiny.finetune("m", "t", **{"steps_per_dispatch": 2} | dict(keys))
     corpus = dataclasses.replace(make_corpus(steps), weights=weights)
     batches = [np.arange(BATCH) + i * BATCH for i in range(steps)]
-    plan = plan or train.make_plan(config, model, corpus, batches, mesh)
+    plan = plan or feeding.make_plan(config, model, corpus, batches, mesh)
     program = train.Program(model, loss, optimizer(), mesh, trained)
     params = jax.device_put(start, mesh_lib.param_shardings(mesh, model.abstract)[0])
     run = Recorder()
@@ -305,8 +305,8 @@ def test_groups_of_steps_are_bit_identical_and_compile_one_program_each(fast_com
     for group in (1, 4, 32):
         model = make_model()[0]
         batches = [np.arange(BATCH) + i * BATCH for i in range(steps)]
-        ranges, lengths = train.dispatch_ranges(steps, group), np.array([len(t) for t in make_corpus(steps).tokens])
-        plan = packing.plan_training(lengths, batches, train.dispatch_ranges(steps, 32), embed=model.config.embed, max_shapes=1)
+        ranges, lengths = feeding.dispatch_ranges(steps, group), np.array([len(t) for t in make_corpus(steps).tokens])
+        plan = packing.plan_training(lengths, batches, feeding.dispatch_ranges(steps, 32), embed=model.config.embed, max_shapes=1)
         plan = dataclasses.replace(plan, dispatches=ranges, shape_of=[0] * len(ranges))  # the same shape, whatever the group
         stats = {}
         rows, params, _ = fit(AnyOf(False, "logconf_eleuther"), steps=steps, plan=plan, stats=stats)
@@ -325,14 +325,14 @@ def test_groups_of_steps_are_bit_identical_and_compile_one_program_each(fast_com
     (4, 32, (4, 100), [(0, 4)]),
 ])
 def test_dispatches_break_where_something_is_due(total, group, cadences, expected):
-    assert [(r.start, r.stop) for r in train.dispatch_ranges(total, group, *cadences)] == expected
+    assert [(r.start, r.stop) for r in feeding.dispatch_ranges(total, group, *cadences)] == expected
 
 
 @pytest.mark.parametrize("tokens, steps", [(10, (32, 32)), (2000, (2, 31)), (10**6, (1, 1))])
 def test_small_models_get_several_steps_a_dispatch(tokens, steps):
     config, model = tiny.finetune("m", "t"), make_model()[0]
-    assert steps[0] <= train.steps_per_dispatch(config, model, tokens) <= steps[1]
-    assert train.steps_per_dispatch(tiny.set_keys(config, steps_per_dispatch=7), model, tokens) == 7
+    assert steps[0] <= feeding.steps_per_dispatch(config, model, tokens) <= steps[1]
+    assert feeding.steps_per_dispatch(tiny.set_keys(config, steps_per_dispatch=7), model, tokens) == 7
 
 
 @pytest.fixture

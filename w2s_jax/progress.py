@@ -22,22 +22,22 @@ def _clock(seconds: float) -> str:
 
 
 class Progress:
-    """A bar with the loss, the accuracy, the tokens per second and the time left; plain lines where stderr is not a terminal.
+    """A bar with the loss, the accuracy, the tokens (or images) per second and the time left; plain lines where stderr is no terminal.
 
         with Progress(steps, start=resumed_at, label="gpt2 on sciq") as progress:
             progress.update(1, loss=0.69, accuracy=0.5, tokens=4096)
 
-    `tokens` are counted and shown as a rate; every other value is shown as it is. Values may be left out. `weights`, one a
-    unit, say how long the units take compared with each other, where that differs; the time left then follows them.
+    `tokens` (what `counted` names) are counted and shown as a rate; every other value is shown as it is. Values may be left out.
+    `weights`, one a unit, say how long the units take compared with each other, where that differs; the time left then follows them.
     """
 
     def __init__(self, total: int, start: int = 0, label: str = "", unit: str = "step", every: float = 10.0,
-                 weights: Sequence[float] | None = None):
-        self.weights = weights
+                 weights: Sequence[float] | None = None, counted: str = "tokens"):
+        self.weights, self.counted = weights, counted
         self.total, self.count, self.label, self.unit, self.every = int(total), int(start), label, unit, every
         self._begin = self._said = time.monotonic()
         self._first: tuple[float, int] | None = None  # time and count after the first update: compiling is no measure of speed
-        self._tokens = 0
+        self._counted = 0
         self._values: dict = {}
         self._bar = None
         self._dirty = False
@@ -52,13 +52,13 @@ class Progress:
         """`n` more are done; `values` are the newest."""
         now = time.monotonic()
         self.count += n
-        tokens = values.pop("tokens", 0)
+        counted = values.pop(self.counted, 0)
         if self._first is None:
             self._first = (now, self.count)
         else:
-            self._tokens += tokens
-            if self._tokens and now > self._first[0]:
-                values["tokens_per_second"] = self._tokens / (now - self._first[0])
+            self._counted += counted
+            if self._counted and now > self._first[0]:
+                values[f"{self.counted}/s"] = self._counted / (now - self._first[0])
         self._values.update({k: v for k, v in values.items() if v is not None})
         self._dirty = True
         if self._bar is not None:
@@ -69,7 +69,7 @@ class Progress:
             self._line(now)
 
     def _text(self) -> str:
-        names = {"tokens_per_second": "tokens/s", "accuracy": "acc"}
+        names = {"accuracy": "acc"}
         return ", ".join(f"{names.get(k, k)} {_number(v)}" for k, v in self._values.items())
 
     def _left(self, now: float) -> str:

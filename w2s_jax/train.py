@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import time
 from collections.abc import Callable
 
@@ -24,34 +23,10 @@ from w2s_jax import losses, optimizers, selection
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import packing
 from w2s_jax.errors import UserError
+from w2s_jax.feeding import Corpus
 from w2s_jax.forward import compiled
 from w2s_jax.progress import Progress, say
-
-PACKED = ("tokens", "segments", "positions", "documents", "last")
-TRAINED = {"full": r"", "head": r"^head/", "lora": r"^head/|/lora_[ab]$"}  # what `config.train` trains: paths where this is found
-
-
-def split_params(params: dict, train: str) -> tuple[dict, dict]:
-    """`(trainable, frozen)` nested dicts; empty branches are dropped."""
-    def keep(tree, prefix, wanted):
-        out = {}
-        for key, value in tree.items():
-            path = f"{prefix}{key}"
-            if isinstance(value, dict):
-                if inner := keep(value, path + "/", wanted):
-                    out[key] = inner
-            elif bool(re.search(TRAINED[train], path)) == wanted:
-                out[key] = value
-        return out
-    return keep(params, "", True), keep(params, "", False)
-
-
-def merge_params(a: dict, b: dict) -> dict:
-    """One nested dict from two that share no leaf."""
-    out = dict(a)
-    for key, value in b.items():
-        out[key] = merge_params(out[key], value) if key in out else value
-    return out
+from w2s_jax.trainable import merge_params, split_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +60,7 @@ def _gradients(program: Program, trainable, frozen, loss_state, x, key):
     """
     context = losses.Context(x["coefficient"], x["weights"], x["denominator"])
     batch, labels = x["batch"], x["labels"]
-    microbatches = batch["tokens"].shape[0]
+    microbatches = batch["documents"].shape[0]
     if microbatches == 1:
         def objective(trainable):
             flat = _logits(program, trainable, frozen, jax.tree.map(lambda a: a[0], batch), key)
@@ -165,68 +140,15 @@ def _run_dispatch(program: Program, stats: dict, *args):
 # --------------------------------------------------------------------------- the run
 
 
-@dataclasses.dataclass
-class Corpus:
-    """What is trained on, by document.
-
-    Attributes:
-      tokens: token ids of each document.
-      labels: float32 `[documents, classes]` (predicted-token counts `[documents, 1]` for a language model).
-      counts: each document's share of the loss's denominator: ones, or its predicted tokens.
-      ids: names for messages.
-      weights: of each document's term of the loss, above 0, float32 `[documents]`; None = all 1.
-    """
-
-    tokens: list[np.ndarray]
-    labels: np.ndarray
-    counts: np.ndarray
-    ids: list[str]
-    weights: np.ndarray | None = None
-
-
-def steps_per_dispatch(config, model, tokens_per_step: float) -> int:
-    """`config.steps_per_dispatch`, or as many steps as make a call of the device worth its overhead."""
-    if config.steps_per_dispatch:
-        return config.steps_per_dispatch
-    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in mesh_lib.paths(model.abstract)}
-    weights = sum(size for path, size in sizes.items() if "embedding" not in path)
-    # What is worth a call, and what the update of one parameter costs (28 bytes to and from memory), both in FLOPs of matrix products.
-    worth, update = (1e9, 500.0) if jax.default_backend() == "cpu" else (2e12, 2000.0)
-    trained = TRAINED[config.get("train", "full")]  # a pretrain config has no such key
-    flops = 6.0 * weights * tokens_per_step + update * sum(size for path, size in sizes.items() if re.search(trained, path))
-    return int(np.clip(worth // flops, 1, 32))
-
-
-def dispatch_ranges(total: int, group: int, *cadences: int) -> list[range]:
-    """Consecutive steps that share a call: at most `group`, broken where a cadence (0 = none) falls due."""
-    stops = {total} | {s for c in cadences if c for s in range(c, total, c)}
-    out, start = [], 0
-    for stop in sorted(stops):
-        out += [range(s, min(s + group, stop)) for s in range(start, stop, group)]
-        start = stop
-    return out
-
-
-def make_plan(config, model, corpus: Corpus, batches: list[np.ndarray], mesh) -> packing.Plan:
-    """The packing plan of a run; execution keys change it, never its results beyond rounding."""
-    lengths = np.array([len(t) for t in corpus.tokens])
-    per_step = float(lengths.mean() * len(batches[0]))
-    group = steps_per_dispatch(config, model, per_step)
-    ranges = dispatch_ranges(len(batches), group, config.eval_every, config.checkpoint_every)
-    size = len(batches[0])
-    microbatches = -(-size // config.microbatch_size) if config.microbatch_size else 1
-    return packing.plan_training(lengths, batches, ranges, microbatches=microbatches, cells=mesh_lib.cells(mesh), embed=model.config.embed)
-
-
 def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: int, corpus: Corpus, rates, coefficients, mesh) -> dict:
     """The arrays of one dispatch on the devices, with room for `group` steps."""
     rows = []
     for s in dispatch:
         docs = plan.batches[s]
-        packed = packing.assemble(docs, corpus.tokens, plan, shape)
+        batch, where = corpus.assemble(docs, plan, shape)
         pad = plan.batch_size - len(docs)
         rows.append({
-            "batch": {k: packed[k] for k in PACKED}, "where": packed["where"],
+            "batch": batch, "where": where,
             "labels": np.pad(corpus.labels[docs].astype(np.float32), ((0, pad), (0, 0))),
             "weights": np.pad(np.ones(len(docs), np.float32) if corpus.weights is None else corpus.weights[docs], (0, pad)),
             "denominator": np.float32(corpus.counts[docs].sum()),
@@ -314,7 +236,8 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
     todo = [(range(max(d.start, done), d.stop), which) for d, which in zip(plan.dispatches, plan.shape_of) if d.stop > done]
     # Programs that only an earlier attempt needed count too, so that a resumed run's results are the same.
     stats.setdefault("programs", set()).update((program, plan.shapes[w]) for w in set(plan.shape_of) - {w for _, w in todo})
-    progress = Progress(total, start=done, label=label)
+    progress = Progress(total, start=done, label=label, counted=corpus.unit)
+    sizes = corpus.sizes
     group = max(len(d) for d in plan.dispatches)
     waiting: list[tuple] = []
     evaluated: dict[int, dict] = {}
@@ -336,11 +259,11 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
                 row = {"step": int(s), "progress": s / total, "loss": float(value)}
                 if corpus.labels.shape[1] > 1:
                     row["train_accuracy"] = float(right / len(plan.batches[s]))
-                row |= {"lr": float(rates[s]), "tokens_per_second": round(float(speed), 1)}
+                row |= {"lr": float(rates[s]), f"{corpus.unit}_per_second": round(float(speed), 1)}
                 row |= evaluated.pop(int(s), {})
                 if s % config.log_every == 0 or s == total - 1:
                     run.metrics(row)
-            progress.update(len(steps_), tokens=sum(useful), loss=row["loss"], accuracy=row.get("train_accuracy"))
+            progress.update(len(steps_), loss=row["loss"], accuracy=row.get("train_accuracy"), **{corpus.unit: sum(useful)})
 
     try:
         for dispatch, which in todo:
@@ -355,7 +278,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
             n = jax.device_put(np.int32(len(dispatch)), none)
             trainable, opt_state, loss_state, metrics = _run_dispatch(
                 program, stats, trainable, opt_state, loss_state, frozen, key, n, xs)
-            waiting.append((dispatch, metrics, [sum(len(corpus.tokens[d]) for d in plan.batches[s]) for s in dispatch]))
+            waiting.append((dispatch, metrics, [int(sizes[plan.batches[s]].sum()) for s in dispatch]))
             collect(keep=1)
             at = dispatch.stop
             if config.checkpoint_every and at % config.checkpoint_every == 0 and at < total:

@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import forward, hub, losses, models, optimizers, registry, train, workload
+from w2s_jax import feeding, forward, hub, losses, models, optimizers, registry, train, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import packing, splits, world
 from w2s_jax.errors import UserError
@@ -100,7 +100,7 @@ def _model(arch, config) -> models.Model:
                         attention=config.attention, head_init="normal")
 
 
-def _documents(config) -> train.Corpus:
+def _documents(config) -> feeding.Texts:
     """The documents of an epoch: a task's, or random tokens with SciQ's lengths and random soft labels."""
     if config.task:
         if not config.tokenizer:
@@ -119,10 +119,10 @@ def _documents(config) -> train.Corpus:
         labels, ids = np.stack([1 - one, one], 1).astype(np.float32), [str(i) for i in range(len(tokens))]
     if len(tokens) < COMPARED * config.batch_size:
         raise UserError(f"config.n_train: {len(tokens)} documents, expected at least {COMPARED} batches of {config.batch_size}")
-    return train.Corpus(tokens, labels, np.ones(len(tokens), np.float32), ids)
+    return feeding.Texts(tokens, labels, np.ones(len(tokens), np.float32), ids)
 
 
-def _measure(config, model, corpus: train.Corpus) -> dict:
+def _measure(config, model, corpus: feeding.Texts) -> dict:
     device = jax.devices()[0]
     results = {"machine": {"platform": device.platform, "device": device.device_kind, "threads": _threads()},
                "model": {"parameters": sum(int(np.prod(a.shape)) for a in jax.tree.leaves(model.abstract)), **config.arch.to_dict()}}
@@ -225,12 +225,12 @@ def _rows(what: str, times: dict, steps, tokens, flops) -> dict[str, dict]:
 class Ours:
     """The trainer's own dispatches, without its run directory, and the forward passes of labelling."""
 
-    def __init__(self, config, model, mesh, params, corpus: train.Corpus):
+    def __init__(self, config, model, mesh, params, corpus: feeding.Texts):
         keys = registry.fill(config_lib.shipped("finetune"))
         keys.update({k: config[k] for k in ("batch_size", "microbatch_size", "steps_per_dispatch")})
         batches = packing.batch_stream(len(corpus.tokens), config.batch_size, 1, "none", config.seed)
         self.program = train.Program(model, losses.make("xent", {}, ground_truth=True, label_stats={}), optimizers.make("adam", {}), mesh)
-        self.plan = train.make_plan(keys, model, corpus, batches, mesh)
+        self.plan = feeding.make_plan(keys, model, corpus, batches, mesh)
         self.model, self.mesh, self.corpus, self.params = model, mesh, corpus, params
         self.per_batch = workload.forward_tokens(keys, corpus.tokens, mesh)
         self.stats: dict = {"training": {}, "labelling": {}}
@@ -305,7 +305,7 @@ class Torch:
             out = [self._logits(documents[i : i + size], masked=True) for i in range(0, len(documents), size)]
             return self.torch.cat(out).cpu().numpy()
 
-    def step(self, corpus: train.Corpus, batch: np.ndarray, minibatch: int | None) -> float:
+    def step(self, corpus: feeding.Texts, batch: np.ndarray, minibatch: int | None) -> float:
         """One step over the documents `batch`: padded as a whole (`minibatch` None), or as openai's loop does it; the loss.
 
         The loop keeps the graphs of all minibatches until the one backward.

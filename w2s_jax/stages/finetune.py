@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from w2s_jax import config as config_lib
-from w2s_jax import forward, losses, metrics, optimizers, peft, selection, train, workload
+from w2s_jax import feeding, forward, losses, metrics, optimizers, peft, selection, train, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import labels as labels_lib
 from w2s_jax.data import packing, splits
@@ -93,8 +93,8 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     notes += [notice for notice in (loss.notice, optimizer.notice) if notice]
     rates = optimizers.learning_rates(config.schedule, config.learning_rate, len(batches), config.warmup_steps)
     weights = None if fit.weights is None or len(np.unique(fit.weights)) == 1 else fit.weights / fit.weights.mean()
-    corpus = train.Corpus(fit.tokens, fit.soft_labels, np.ones(len(fit), np.float32), fit.ids, weights)
-    plan = train.make_plan(config, model, corpus, batches, mesh)
+    corpus = feeding.Texts(fit.tokens, fit.soft_labels, np.ones(len(fit), np.float32), fit.ids, weights)
+    plan = feeding.make_plan(config, model, corpus, batches, mesh)
     program = train.Program(model, loss, optimizer, mesh, config.train)
     stats: dict = {}
 

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import forward, hub, losses, models, optimizers, train, workload
+from w2s_jax import feeding, forward, hub, losses, models, optimizers, train, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import corpus as corpus_lib
 from w2s_jax.data import packing, world
@@ -187,10 +187,10 @@ def _run(config, workdir, text, folder, identity_: dict, rerun: bool, start: flo
         raise UserError(f"tokenizer: gives token id {largest}, expected ids from 0 to {model.config.vocab - 1} (the model's vocabulary)")
 
     predicted = np.array([len(ids) - 1 for ids in fit], np.float32)
-    corpus = train.Corpus(fit, predicted[:, None], predicted, names)
+    corpus = feeding.Texts(fit, predicted[:, None], predicted, names)
     passes = config.steps * config.batch_size / len(fit)
     batches = packing.batch_stream(len(fit), config.batch_size, int(np.ceil(passes)), config.shuffle, config.seed)[:config.steps]
-    plan = train.make_plan(config, model, corpus, batches, mesh)
+    plan = feeding.make_plan(config, model, corpus, batches, mesh)
     optimizer = optimizers.make(config.optimizer, config_lib.optimizer_args(config),
                                 weight_decay=config.weight_decay, grad_clip=config.grad_clip)
     notes += [optimizer.notice] if optimizer.notice else []
