@@ -12,7 +12,7 @@ import reference
 import test_families
 import tiny
 
-from w2s_jax import claim, features, forward, models, runlog, workload
+from w2s_jax import claim, features, forward, models, runlog, store, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.config import shipped
 from w2s_jax.data.examples import Examples, one_hot
@@ -214,7 +214,7 @@ def test_a_pass_that_was_killed(bench, folder, tmp_path, monkeypatch, seconds):
     whole.path = tmp_path / "whole"
     whole.fill(documents, 1, 2)
     batches = len(whole.computed)
-    monkeypatch.setattr(features, "SECONDS", seconds)
+    monkeypatch.setattr(store, "SECONDS", seconds)
     made = Bench(folder, tmp_path / "store", monkeypatch, eval_batch_size=10)
     made.stop_at = 2
     with pytest.raises(KeyboardInterrupt):
@@ -271,9 +271,9 @@ def test_a_finished_pass_that_was_damaged_or_lost_a_layer(bench):
 
 def test_no_room_and_not_finite(bench, monkeypatch):
     made, documents = bench(), examples()
-    usage = features.shutil.disk_usage(made.path.parent)
+    usage = store.shutil.disk_usage(made.path.parent)
     with monkeypatch.context() as m:
-        m.setattr(features.shutil, "disk_usage", lambda _: usage._replace(free=100))
+        m.setattr(store.shutil, "disk_usage", lambda _: usage._replace(free=100))
         with pytest.raises(UserError, match=r"config.features: .* has room for 1e-07 GB, expected 8.64e-06 GB for 60 documents x 1 layers"):
             made.fill(documents, 1)
     made.loaded.params = jax.tree.map(lambda a: a * np.float32(np.nan), made.loaded.params)
@@ -285,6 +285,6 @@ def test_no_room_and_not_finite(bench, monkeypatch):
 def test_an_object_store(bench, monkeypatch):
     """As on gs://: nothing is appended or mapped there."""
     made, documents = bench(), examples()
-    monkeypatch.setattr(features, "is_object_store", lambda path: True)
+    monkeypatch.setattr(store, "is_object_store", lambda path: True)
     assert made.fill(documents, 1, 2) == 60 and made.fill(documents, 1, 2) == 0
     np.testing.assert_allclose(made.store().get(documents, 2), made.expected(documents, 2), atol=1e-5)

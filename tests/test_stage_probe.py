@@ -283,7 +283,7 @@ def test_killed_in_the_pass_and_started_again(made, probe, tmp_path):
     """SIGKILL while features are computed; the same command then ends as if nothing had happened."""
     flags = tiny.flags(model=made["strong"], task=made["task"], labels=made["labels"], n_val=VAL, mode="filter", eval_batch_size=4,
                        mesh__data=1, probe="knn", probe_args__k=5)
-    code = ("import sys, time; from w2s_jax import features, forward, main; features.SECONDS = 0.0; whole = forward.passes\n"
+    code = ("import sys, time; from w2s_jax import forward, main, store; store.SECONDS = 0.0; whole = forward.passes\n"
             "def passes(*a, **k):\n"
             "    for i, x in enumerate(whole(*a, **k)):\n"
             "        if i == 4: print('here', flush=True); time.sleep(600)\n"

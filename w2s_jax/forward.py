@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -80,27 +80,29 @@ def predict(model, params, tokens: Sequence[np.ndarray], mesh, *, tokens_per_bat
     return forward(model, params, batches, len(tokens), mesh, stats=stats, progress=progress)
 
 
-def passes(name, function: Callable, params, batches: list[packing.EvalBatch], mesh, *, stats=None,
+def passes(name, function: Callable, params, batches: Iterable, mesh, *, stats=None,
            progress=None) -> Iterator[tuple[packing.EvalBatch, np.ndarray]]:
-    """`function(params, arrays)` of each packed batch in order, on the host, while the device works on the next ones.
+    """`function(params, arrays)` of each batch in order, on the host, while the device works on the next ones.
 
-    `name`: hashable, what the function is (its model included); equal names share compiled programs.
+    `name`: hashable, what the function is (its model included); equal names share compiled programs. `batches`: as
+    `packing.EvalBatch`; they may be made as they are asked for.
     """
     sharding = mesh_lib.batch_sharding(mesh)
     waiting = collections.deque()
 
     def collect(keep: int):
         while len(waiting) > keep:
-            batch, outputs = waiting.popleft()
+            batch, useful, outputs = waiting.popleft()
             yield batch, np.asarray(outputs)
             if progress is not None:
-                progress.update(int((batch.documents >= 0).sum()), tokens=int((batch.arrays["segments"] > 0).sum()))
+                progress.update(int((batch.documents >= 0).sum()), tokens=useful)
 
     for batch in batches:
         arrays = {k: jax.device_put(v, sharding) for k, v in batch.arrays.items()}
         shapes = tuple((k, a.shape) for k, a in sorted(batch.arrays.items()) if k not in ("segments", "positions"))
         call = compiled((name, mesh, shapes), lambda arrays=arrays: _compile(jax.jit(function).lower(params, arrays)), stats)
-        waiting.append((batch, call(params, arrays)))
+        useful = int((batch.arrays["segments"] > 0).sum()) if "segments" in batch.arrays else 0
+        waiting.append((batch, useful, call(params, arrays)))
         yield from collect(keep=2)
     yield from collect(keep=0)
 
