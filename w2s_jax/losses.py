@@ -173,6 +173,18 @@ def _next_token(nll, counts):
     return nll[:, 0]
 
 
+def _contrastive(loss, logits, real):
+    """NT-Xent (Chen et al. 2020, equation 1): each view has to find the other one of its image among all views of the batch."""
+    n = len(logits)
+    z = logits.reshape(n, 2, -1)
+    z = jnp.moveaxis(z * jax.lax.rsqrt(jnp.sum(z * z, axis=-1, keepdims=True) + 1e-12), 1, 0).reshape(2 * n, -1)
+    there = jnp.tile(real, 2)[None] & ~jnp.eye(2 * n, dtype=bool)
+    similar = jnp.where(there, z @ z.T / loss["temperature"], -jnp.inf)
+    other = jnp.roll(jnp.arange(2 * n), n)
+    found = similar[jnp.arange(2 * n), other] - jax.nn.logsumexp(similar, axis=-1, where=there)
+    return -jnp.mean(jnp.where(real, found.reshape(2, n), 0), axis=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Coefficients: (loss, step, total steps) -> the weight of the student's own prediction, before that step's update.
 
@@ -200,10 +212,11 @@ def _jump_by_fraction(loss, step, total_steps):
 
 
 class _Kind(NamedTuple):
-    """A registry entry: either `rule` (a re-targeting) or `value` is given."""
+    """A registry entry: `rule` (a re-targeting), `value`, or `whole` (a value that a batch's documents decide together) is given."""
 
     rule: Callable | None = None
     value: Callable | None = None
+    whole: Callable | None = None
     coefficient: Callable = _no_coefficient
     per_document: bool = True
     notice: str = ""
@@ -224,7 +237,8 @@ LOSSES: dict[str, _Kind] = {
 }
 if set(LOSSES) != set(LOSS_ARGS):
     raise AssertionError(f"losses.LOSSES and config.LOSS_ARGS differ in {sorted(set(LOSSES) ^ set(LOSS_ARGS))}")
-_INTERNAL = {"next_token": _Kind(value=_next_token)}  # pretraining's; no one asks for it by config.loss
+_INTERNAL = {"next_token": _Kind(value=_next_token), "contrastive": _Kind(whole=_contrastive, per_document=False)}  # of pretraining
+_INTERNAL_ARGS = {"contrastive": {"temperature": 0.2}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +246,7 @@ class Loss:
     """A loss with its arguments. Equal ones hash alike: use it as a static argument of jit or a key of a cache.
 
     Attributes:
-      name: a key of `LOSSES`, or "next_token".
+      name: a key of `LOSSES`, "next_token" or "contrastive".
       args: the resolved arguments, `((name, value), ...)` in order of name; `loss["radius"]` reads one.
       ground_truth: whether the labels are ground truth.
     """
@@ -275,7 +289,8 @@ class Loss:
         """The loss of a batch and the next state.
 
         Args:
-          logits: float32 `[batch, classes]`; for "next_token" each document's summed negative log-likelihood `[batch, 1]`.
+          logits: float32 `[batch, classes]`; for "next_token" each document's summed negative log-likelihood `[batch, 1]`; for
+            "contrastive" the projections of an image's two views, one after the other.
           labels: float32 `[batch, classes]`, each row a distribution; for "next_token" the counts of predicted tokens `[batch, 1]`.
           context: see `Context`. Rows where its weights are 0 have no influence, whatever stands in them.
           state: what `init_state` or the last call gave.
@@ -290,6 +305,8 @@ class Loss:
         kind = self._kind
         if kind.value is not None:
             values = kind.value(logits, labels)
+        elif kind.whole is not None:
+            values = kind.whole(self, logits, real)
         else:
             # The barrier makes the values that are sorted and those that are compared with their quantile the same bits.
             p = jax.lax.optimization_barrier(jax.nn.softmax(jax.lax.stop_gradient(logits)))
@@ -302,7 +319,7 @@ def make(name: str, args: dict | None = None, *, ground_truth: bool, label_stats
     """The loss called `name`.
 
     Args:
-      name: a key of `config.LOSS_ARGS`, or "next_token" (pretraining).
+      name: a key of `config.LOSS_ARGS`, or "next_token" and "contrastive" (pretraining).
       args: its arguments; absent or None ones take the default of `config.LOSS_ARGS`.
       ground_truth: whether the labels are ground truth: eleuther's losses then train without their own prediction or window.
       label_stats: `label_statistics` of the training labels; needed for `radius="midweak"`.
@@ -311,7 +328,7 @@ def make(name: str, args: dict | None = None, *, ground_truth: bool, label_stats
       UserError: unknown name or argument, a value out of range.
     """
     if name in _INTERNAL:
-        defaults = {}
+        defaults = _INTERNAL_ARGS.get(name, {})
     elif name in LOSSES:
         defaults = LOSS_ARGS[name]
     else:

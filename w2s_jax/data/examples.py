@@ -29,6 +29,7 @@ class Examples:
       soft_labels: float32 `[n, classes]`, rows sum to 1; a row of NaN where unknown.
       groups: what must stay on one side of a split, one string a document.
       weights: float32 `[n]`, how much each document counts in training (0 = it is left out); None = all alike.
+      shas: what is known by its content elsewhere (images, which have neither text nor tokens here); None for documents.
     """
 
     ids: list[str]
@@ -37,15 +38,16 @@ class Examples:
     soft_labels: np.ndarray
     groups: list[str]
     weights: np.ndarray | None = None
+    shas: list[str] | None = None
 
     def __post_init__(self):
         n = len(self.ids)
-        for name in ("texts", "tokens", "soft_labels", "groups", "weights"):
+        for name in ("texts", "tokens", "soft_labels", "groups", "weights", "shas"):
             column = getattr(self, name)
             if column is not None and len(column) != n:
                 raise ValueError(f"column {name} has {len(column)} rows, ids has {n}")
-        if self.texts is None and self.tokens is None:
-            raise ValueError("examples need texts or tokens")
+        if self.texts is None and self.tokens is None and self.shas is None:
+            raise ValueError("examples need texts, tokens or shas")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,7 +61,9 @@ class Examples:
 
     @property
     def text_shas(self) -> list[str]:
-        """One `text_sha` a document, over its text, or over its token ids where it has no text."""
+        """One `text_sha` a document, over its text, or over its token ids where it has no text; an image's own hash."""
+        if self.shas is not None:
+            return self.shas
         return [text_sha(t) for t in (self.texts if self.texts is not None else self.tokens)]
 
     def select(self, rows) -> Examples:
@@ -68,7 +72,7 @@ class Examples:
         pick = lambda column: None if column is None else [column[r] for r in rows]  # noqa: E731
         return Examples(pick(self.ids), pick(self.texts), pick(self.tokens),
                         self.soft_labels[np.asarray(rows, dtype=np.int64)], pick(self.groups),
-                        None if self.weights is None else self.weights[np.asarray(rows, dtype=np.int64)])
+                        None if self.weights is None else self.weights[np.asarray(rows, dtype=np.int64)], pick(self.shas))
 
     def replace(self, **columns) -> Examples:
         return dataclasses.replace(self, **columns)

@@ -1,0 +1,254 @@
+"""What the vision stages share: image models on a mesh, what they read of images, fingerprints.
+
+The counterpart of `workload` for images. A model is named by the name of a published checkpoint (`models.published`), a file as its
+authors published it, or a folder or hub id in Hugging Face's format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from w2s_jax import checkpoint as ckpt
+from w2s_jax import feeding, forward, hub, metrics, runlog, store, workload
+from w2s_jax import mesh as mesh_lib
+from w2s_jax.data import images as images_lib
+from w2s_jax.data.examples import Examples, one_hot
+from w2s_jax.errors import UserError
+from w2s_jax.models import published
+from w2s_jax.models import vision as models
+from w2s_jax.trainable import merge_params, split_params
+
+FORMAT = 1
+FORWARD_PIXELS = {"cpu": 3_000_000}  # of the images of a forward pass on one device; others take _FORWARD_PIXELS
+_FORWARD_PIXELS = 25_000_000
+MAX_BATCH = 512  # images of a forward pass, however small
+
+
+# --------------------------------------------------------------------------- models
+
+
+def resolve(model: str, revision: str = "main") -> hub.Folder:
+    """Where a model's files are: a folder, or a single file. Downloads what is not here.
+
+    Raises:
+      UserError: no such name, file or folder.
+    """
+    if model in published.PUBLISHED:
+        return hub.Folder(str(published.fetch(model)))
+    if os.path.isfile(os.path.expanduser(model)):
+        return hub.Folder(os.path.abspath(os.path.expanduser(model)))
+    return hub.resolve(model, revision)
+
+
+def fingerprint(model: str, revision: str, planned: dict | None = None) -> str:
+    """What identifies a model's content; `planned`: see `workload.fingerprint_model`."""
+    if model in published.PUBLISHED or os.path.isfile(os.path.expanduser(model)):
+        return f"sha256:{hub.fingerprint_file(resolve(model).path)}"
+    return workload.fingerprint_model(model, revision, planned)
+
+
+def precision(config):
+    """Context manager for `config.matmul_precision`."""
+    return workload.precision(config)
+
+
+def place(model, mesh_shape, folder: hub.Folder, seed: int = 0) -> workload.Loaded:
+    """A model of `models.vision` with the parameters of its checkpoint on a mesh; `seed` initialises a new head."""
+    mesh = mesh_lib.make_mesh(mesh_shape)
+    shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
+    params = models.load(folder.path, model, shardings, jax.random.key(seed))
+    return workload.Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [])
+
+
+def open_model(name: str, revision: str, config, *, head: str, classes: int = 2, seed: int = 0) -> workload.Loaded:
+    """Build and load a model; `config` gives dtype, mesh, and where it trains param_dtype, remat, head_init and dropout."""
+    folder = resolve(name, revision)
+    model = models.build(
+        models.read_config(folder.path), head=head, classes=classes, dtype=config.dtype, param_dtype=config.get("param_dtype", "float32"),
+        remat=config.get("remat", "none"), head_init=config.get("head_init", "zeros"), dropout=float(config.get("dropout", 0.0)))
+    return place(model, config.mesh, folder, seed)
+
+
+def transform(config, own: models.VisionConfig) -> images_lib.Transform:
+    """The preprocessing of the model's own, but for what the config sets (-1 and "auto" = the model's)."""
+    kept = config.resize < 0 and config.crop < 0
+    return images_lib.Transform(
+        own.resize if config.resize < 0 else config.resize, own.crop if config.crop < 0 else config.crop,
+        own.interpolation if config.interpolation == "auto" else config.interpolation, squeeze=own.squeeze and kept)
+
+
+def loader(config, images: images_lib.ImageSet, own: models.VisionConfig) -> images_lib.Loader:
+    """The images as a model sees them."""
+    return images_lib.Loader(images, transform(config, own), workers=config.workers, bad=config.bad_images)
+
+
+# --------------------------------------------------------------------------- forward passes
+
+
+@dataclasses.dataclass
+class Batch:
+    """Images of a forward pass: `arrays` as `models.vision` takes them, and the images' numbers `[cells, slots]`, -1 = an empty slot."""
+
+    arrays: dict[str, np.ndarray]
+    documents: np.ndarray
+
+
+def batch_size(config, size: tuple[int, int], mesh) -> int:
+    """Images of a forward pass over all devices: `config.eval_batch_size`, else by their size and the kind of device."""
+    cells = mesh_lib.cells(mesh)
+    wanted = config.eval_batch_size
+    if not wanted:
+        pixels = FORWARD_PIXELS.get(jax.default_backend(), _FORWARD_PIXELS)
+        wanted = min(max(pixels // (size[0] * size[1]), 1), MAX_BATCH) * cells
+    return -(-wanted // cells) * cells
+
+
+def batches(loader_: images_lib.Loader, rows: np.ndarray, size: int, cells: int, start: int = 0):
+    """Batches of `size` images, from number `start` on; the next ones are decoded while one is used. The last is filled up."""
+    at = start * size
+    for part, pixels in loader_.stream(rows[at:], size):
+        arrays = feeding.image_batch(pixels, size)
+        arrays = {k: v.reshape(cells, size // cells, *v.shape[1:]) for k, v in arrays.items()}
+        yield Batch(arrays, np.where(arrays["documents"] >= 0, arrays["documents"] + at, -1))
+        at += len(part)
+
+
+def predict(config, model, params, loader_: images_lib.Loader, rows: np.ndarray, mesh, *, stats: dict, progress=None) -> np.ndarray:
+    """Logits of the images at `rows`, float32 `[rows, classes]`.
+
+    Raises:
+      UserError: they are not finite.
+    """
+    size = batch_size(config, loader_.size, mesh)
+    out = np.full((len(rows), model.classes), np.nan, np.float32)
+    made = batches(loader_, rows, size, mesh_lib.cells(mesh))
+    for batch, logits in forward.passes((model, "forward"), model.apply, params, made, mesh, stats=stats, progress=progress):
+        real = batch.documents >= 0
+        out[batch.documents[real]] = logits[real]
+    if not np.isfinite(out).all():
+        raise UserError("the model's outputs are not finite")
+    return out
+
+
+class Images(store.Source):
+    """Images as a model reads them: `reading` = logits | features."""
+
+    unit = "img"
+    key_column = "image_shas"
+
+    def __init__(self, config, loaded: workload.Loaded, loader_: images_lib.Loader, rows, reading: str):
+        self.config, self.loaded, self.loader, self.rows, self.reading = config, loaded, loader_, np.asarray(rows), reading
+        images, model = loader_.images, loaded.model
+        self.ids, self.keys = [images.ids[r] for r in self.rows], [images.shas[r] for r in self.rows]
+        self.width = model.classes if reading == "logits" else model.config.embed
+        self.what = reading
+
+    def select(self, rows) -> Images:
+        return Images(self.config, self.loaded, self.loader, self.rows[np.asarray(rows)], self.reading)
+
+    def orders(self) -> list[np.ndarray]:
+        size = batch_size(self.config, self.loader.size, self.loaded.mesh)
+        return [np.arange(start, min(start + size, len(self.rows))) for start in range(0, len(self.rows), size)]
+
+    def outputs(self, layers, start, stats, progress):
+        model, mesh = self.loaded.model, self.loaded.mesh
+        size = batch_size(self.config, self.loader.size, mesh)
+        made = batches(self.loader, self.rows, size, mesh_lib.cells(mesh), start)
+        read = model.apply if self.reading == "logits" else model.features
+        for batch, values in forward.passes((model, self.reading), read, self.loaded.params, made, mesh, stats=stats, progress=progress):
+            yield batch.documents, values[None]
+
+    def columns(self, order) -> dict[str, list]:
+        """An image that could not be decoded is not kept: another run tries it again."""
+        for place, row in enumerate(self.rows):
+            if int(row) in self.loader.bad:
+                self.keys[place] = ""
+        return super().columns(order)
+
+
+class Store(store.Store):
+    """What one model reads of images, one way: `model` is its fingerprint, `name` is for the folder's name only."""
+
+    key_column = Images.key_column
+
+    def __init__(self, folder, model: str, name: str, *, reading: str, pixels: str, dtype: str, matmul_precision: str):
+        short = name.split("/")[-2] if name.endswith("/model") and "/" in name.removesuffix("/model") else Path(name).stem
+        super().__init__(folder, f"{short}-{reading}", {"format": FORMAT, "model": model, "reading": reading, "pixels": pixels, "dtype": dtype,
+                                                        "matmul_precision": matmul_precision})
+        self.reading = reading
+
+    def missing(self, images: images_lib.ImageSet, rows) -> int:
+        """How many of the images at `rows` are not there."""
+        return self.missing_keys([images.shas[r] for r in rows], (0,))
+
+    def get(self, images: images_lib.ImageSet, rows) -> np.ndarray:
+        """float32 `[rows, width]`. KeyError for an image that was not computed."""
+        return self.rows_of([images.shas[r] for r in rows], 0)
+
+
+# --------------------------------------------------------------------------- data and results
+
+
+def fingerprint_data(config, planned: dict | None = None, prepared=None) -> str:
+    """What identifies a data set's content; a graph of runs, which passes `planned`, reads it once."""
+    if prepared is not None:
+        return prepared.images.fingerprint
+    key = ("images", config.dataset, config.data_dir, config.dataset_split, config.classes, config.data_seed)
+    if planned is None:
+        return images_lib.prepare(config).images.fingerprint
+    if key not in planned:
+        planned[key] = images_lib.prepare(config).images.fingerprint
+    return planned[key]
+
+
+def examples(images: images_lib.ImageSet, rows) -> Examples:
+    """Images as labelled documents: what label files and predictions are made of. Copies of one image are a group."""
+    chosen = images.select(rows)
+    return Examples(chosen.ids, None, None, one_hot(chosen.labels, chosen.n_classes), list(chosen.shas), None, list(chosen.shas))
+
+
+def evaluate(logits: np.ndarray, documents: Examples) -> dict:
+    """As `outcomes.evaluate`, and with more than five classes `top5`, `top5_ci`."""
+    results = workload.evaluate(logits, documents)
+    known = np.flatnonzero(documents.labels >= 0)
+    if logits.shape[1] > 5 and len(known):
+        groups = [documents.groups[i] for i in known]
+        boot = metrics.Bootstrap(groups)
+        found = metrics.estimate(boot, "top5", logits[known], documents.labels[known], boot.codes(groups))
+        results |= {"top5": found.value, "top5_ci": metrics.interval(found.replicates)}
+    return results
+
+
+def restore(source: runlog.LoadedRun, config=None) -> workload.Loaded:
+    """The model of a finished `vision_train` run, from its newest checkpoint.
+
+    Raises:
+      UserError: it has none, or its base model changed.
+    """
+    trained = source.config
+    config = trained if config is None else config
+    checkpoints = ckpt.Checkpoints(source.path, read_only=True)
+    try:
+        steps = checkpoints.steps()
+        if not steps or trained.objective != "supervised":
+            raise UserError(f"run={source.path}: has no checkpoint of a classifier (keep={trained.get('keep')!r}, objective="
+                            f"{trained.objective}); expected one with keep=params or all")
+        if not trained.model:
+            return open_model(f"{source.path}/model", "main", config, head="own")
+        loaded = open_model(trained.model, trained.revision, trained, head="new", classes=source.record["classes"], seed=trained.seed)
+        now, then = fingerprint(trained.model, trained.revision), source.record["identity"]["model"]
+        if now != then:
+            raise UserError(f"run={source.path}: its base model {trained.model} is {now}, expected {then}: the files changed since")
+        shardings, _ = mesh_lib.param_shardings(loaded.mesh, loaded.model.abstract)
+        wanted, _ = split_params(loaded.model.abstract, trained.train)
+        params, _ = checkpoints.restore(steps[0], ckpt.abstract(wanted, split_params(shardings, trained.train)[0]))
+        loaded.params = merge_params(params, split_params(loaded.params, trained.train)[1])
+        loaded.step = steps[0]
+        return loaded
+    finally:
+        checkpoints.close()
