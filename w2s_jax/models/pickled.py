@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from w2s_jax.errors import UserError
 
-STEPS = 2**23  # opcodes of one pickle: a ResNet's state dict has 30,000; each makes at most one small object
+STEPS = 2**23  # opcodes of one pickle: a state dict has about 30 a tensor; each makes at most one small object
 TEXT = 2**20  # bytes of one string
 DIMENSIONS = 32
 
