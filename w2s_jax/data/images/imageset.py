@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +19,7 @@ from w2s_jax.errors import UserError
 from w2s_jax.progress import Progress, say
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
+MANY = 20_000  # images above which hashing shows how far it is
 AT_ONCE = 256  # images hashed between two steps of the progress bar
 
 
@@ -79,12 +81,15 @@ class Source:
             stamps = [self.stamp(key) for key in keys]
             missing = [i for i, stamp in enumerate(stamps) if stamp not in self._known]
             if missing:
-                with concurrent.futures.ThreadPoolExecutor(cores()) as pool, Progress(len(missing), label=label, unit="image") as bar:
+                shown = len(missing) > MANY
+                with concurrent.futures.ThreadPoolExecutor(cores()) as pool, contextlib.ExitStack() as stack:
+                    bar = stack.enter_context(Progress(len(missing), label=label, unit="image")) if shown else None
                     for start in range(0, len(missing), AT_ONCE):
                         part = missing[start : start + AT_ONCE]
                         found = pool.map(self.facts, [keys[i] for i in part])
                         self._known.update(zip([stamps[i] for i in part], found))
-                        bar.update(len(part))
+                        if bar:
+                            bar.update(len(part))
                 self._save()
             return [self._known[stamp] for stamp in stamps]
 

@@ -12,6 +12,7 @@ from w2s_jax.data.images.imageset import ImageSet, Source, image_sha
 from w2s_jax.errors import UserError, nearest
 
 ARRAY_RECORD = "array_record"
+CONVERTER = "tensorflow, apache-beam and mlcroissant"  # what the command `tfds` of tensorflow-datasets 4.9.10 imports
 
 
 # ---------------------------------------------------------------- digits
@@ -85,18 +86,17 @@ def open_tfds(text: str, *, data_dir: str = "", split: str = "") -> ImageSet:
         builder = tfds.builder_from_directory(folder)
         known = {form.value for form in (builder.info.file_format, *builder.info.alternative_file_formats) if form}
         if ARRAY_RECORD not in known:
-            raise UserError(f"dataset={dataset}: {folder} is prepared as {', '.join(known)}, which only TensorFlow reads; convert it once, "
-                            f"where TensorFlow is: tfds convert_format --dataset_version_dir={folder} --out_file_format={ARRAY_RECORD}")
-        if builder.info.file_format.value != ARRAY_RECORD:
-            builder = tfds.builder_from_directory(folder, file_format=ARRAY_RECORD)
+            raise UserError(f"dataset={dataset}: {folder} is prepared as {', '.join(sorted(known))}, which only TensorFlow reads; add "
+                            f"{ARRAY_RECORD} to it, where tensorflow-datasets, {CONVERTER} are installed: "
+                            f"tfds convert_format --dataset_version_dir={folder} --out_file_format={ARRAY_RECORD}")
         split = one_of(split, builder.info.splits, dataset)
         features = dict(builder.info.features)
         image = only([n for n, f in features.items() if type(f) is tfds.features.Image], "Image", dataset, features)
         label = only([n for n, f in features.items() if isinstance(f, tfds.features.ClassLabel)], "ClassLabel", dataset, features)
         names = tuple(features[label].names)
-        paths = [Path(path) for path in builder.info.splits[split].filepaths]
+        records = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()}, file_format=ARRAY_RECORD)
+        paths = [Path(path) for path in builder.info.splits[split].filepaths]  # of that format, once the line above has chosen it
         home = "\n".join(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
-        records = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
         source = _Tfds(records, image, label, home)
         rows = list(range(len(records)))
     except UserError:
