@@ -97,8 +97,8 @@ def prepare(config, only: str | None = None) -> Prepared:
     else:
         order = _rng(config, ORDER).permutation(len(pool))
         keys = pool.groups if grouped else pool.ids
-        chosen, _ = _fill(order, keys, config.n_train)
-        a, b = _fill(chosen, keys, len(chosen) // 2)
+        chosen, _ = fill(order, keys, config.n_train)
+        a, b = fill(chosen, keys, len(chosen) // 2)
         if config.shuffle == "none":
             chosen, a, b = (np.sort(rows) for rows in (chosen, a, b))
         halves = {"a": pool.select(a), "b": pool.select(b), "train": pool.select(chosen)}
@@ -236,7 +236,7 @@ def _carve(pool: Examples, config, grouped: bool) -> tuple[Examples, Examples]:
     if not 0 < fraction < 1:
         raise UserError(f"test_fraction={fraction}: expected a share between 0 and 1")
     keys = pool.groups if grouped else pool.ids
-    test, rest = _fill(_rng(config, TEST).permutation(len(pool)), keys, round(fraction * len(pool)))
+    test, rest = fill(_rng(config, TEST).permutation(len(pool)), keys, round(fraction * len(pool)))
     return pool.select(np.sort(rest)), pool.select(np.sort(test))
 
 
@@ -266,7 +266,7 @@ def _balance(examples: Examples, rng: np.random.Generator, name: str, notes) -> 
     return examples.select(np.sort(np.concatenate([rng.permutation(r)[:n] for r in rows])))
 
 
-def _fill(order, keys: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
+def fill(order, keys: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
     """Cuts `order` (row numbers) into (first, rest): whole groups, by first appearance, while they fit into `n` documents."""
     sizes = collections.Counter(keys[row] for row in order)
     left, chosen = n, set()
@@ -282,7 +282,7 @@ def _fill(order, keys: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
 def part_val(part: Examples, config, grouped: bool) -> Examples:
     """The `n_val` documents of a part that are held out: whole groups, a seeded choice, in the part's order."""
     keys = part.groups if grouped else part.ids
-    chosen, _ = _fill(_rng(config, VAL).permutation(len(part)), keys, config.n_val)
+    chosen, _ = fill(_rng(config, VAL).permutation(len(part)), keys, config.n_val)
     return part.select(np.sort(chosen))
 
 
