@@ -64,6 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss_args.chunk = placeholder(int)  # logconf_eleuther: documents per threshold, the reference's micro-batch (0 = the whole batch)
     c.loss_args.balance_batch = placeholder(bool)  # logconf_eleuther: centre the labels' log-odds (False)
     c.loss_args.radius = placeholder(object)  # window: a float (0.15) or "midweak"
+    c.loss_args.temperature = placeholder(float)  # adaptconf: low ones give the student's own prediction less weight (0.5)
 
     # Optimisation
     c.batch_size = 32  # documents a step

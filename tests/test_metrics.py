@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, top_k_accuracy_score
 
 from w2s_jax import metrics
 
@@ -32,6 +32,37 @@ def test_auroc_by_hand(score, labels, value):
 
 def test_ties_go_to_class_0():
     assert metrics.accuracy(np.zeros((4, 2)), np.array([0, 0, 0, 1])) == 0.75
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 5, 6, 9])
+def test_top_k_is_the_first_k_of_a_stable_sort(k, ties, monkeypatch):
+    """scikit-learn's top_k_accuracy_score agrees where nothing is equal; among equal logits the lower class comes first."""
+    monkeypatch.setattr(metrics, "_BLOCK", 100)  # several blocks
+    logits, labels = sample(ties=ties, classes=6)
+    logits = logits / 2 if not ties else logits
+    first = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    right = metrics.top_k(logits, labels, k)
+    np.testing.assert_array_equal(right, (first == labels[:, None]).any(axis=1))
+    if k == 1:
+        assert right.mean() == metrics.accuracy(logits, labels)
+    if not ties and k < 6:
+        assert right.mean() == pytest.approx(top_k_accuracy_score(labels, logits, k=k), abs=1e-12)
+
+
+def test_top_k_refuses_no_classes():
+    with pytest.raises(ValueError, match="k=0"):
+        metrics.top_k(*sample(), 0)
+
+
+def test_top5_intervals_of_many_classes():
+    logits, labels = sample(n=400, classes=40, skill=2.0)
+    boot = metrics.Bootstrap([str(i) for i in range(400)], replicates=500)
+    codes = boot.codes(boot.names)
+    logits, labels = logits[codes], labels[codes]
+    top1, top5 = (metrics.estimate(boot, metric, logits, labels, codes) for metric in ("accuracy", "top5"))
+    assert top5.value == metrics.top_k(logits, labels, 5).mean() and (top5.replicates >= top1.replicates).all()
+    np.testing.assert_array_equal(top5.replicates, boot.ratio(metrics.top_k(logits, labels, 5), np.ones(400), codes))
 
 
 def test_ece_by_hand():
@@ -148,11 +179,13 @@ def roles(n=300, seeds=2, weak=0.7, student=0.8, ceiling=0.95):
     return [np.stack([-s, s], -1).astype(np.float32) for s in (draw(weak), draw(student), draw(ceiling))], labels
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "auroc"])
+@pytest.mark.parametrize("metric", ["accuracy", "auroc", "top5"])
 def test_pgr_by_hand(metric):
     (weak, student, ceiling), labels = roles()
+    if metric == "top5":  # four classes at 0, between the two others: among the five likeliest is who is right of the two
+        weak, student, ceiling = (np.pad(role, ((0, 0), (0, 0), (0, 4))) for role in (weak, student, ceiling))
     out = metrics.pgr_bootstrap(weak, student, ceiling, labels, metric=metric, replicates=300)
-    value = metrics.accuracy if metric == "accuracy" else lambda x, y: metrics.auroc(metrics.scores(x), y)
+    value = metrics.accuracy if metric != "auroc" else lambda x, y: metrics.auroc(metrics.scores(x), y)
     w, s, c = (np.mean([value(run, labels) for run in role]) for role in (weak, student, ceiling))
     assert (out["weak"], out["student"], out["ceiling"]) == pytest.approx((w, s, c))
     assert (out["gap"], out["gain"], out["pgr"]) == pytest.approx((c - w, s - w, (s - w) / (c - w)))

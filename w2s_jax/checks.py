@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "arch.width": (1, math.inf), "arch.layers": (1, math.inf), "arch.heads": (1, math.inf), "arch.context": (1, math.inf),
     "loss_args.alpha": (0, 1e6), "loss_args.beta": (0, 1e6), "loss_args.aux_coef": (0, 1), "loss_args.warmup": (0, 1e12),
     "loss_args.buffer": (1, math.inf), "loss_args.chunk": (0, math.inf), "loss_args.radius": (TINY, 1),
+    "loss_args.temperature": (TINY, 1e6),
     "optimizer_args.b1": (0, 1 - 1e-12), "optimizer_args.b2": (0, 1 - 1e-12), "optimizer_args.eps": (TINY, 1),
     "optimizer_args.momentum": (0, 1 - 1e-12),
     "lora.rank": (1, math.inf), "lora.alpha": (TINY, 1e6), "lora.dropout": (0, 1 - 1e-9),

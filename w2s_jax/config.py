@@ -21,6 +21,7 @@ LOSS_ARGS: dict[str, dict] = {
     "logconf_eleuther": {"aux_coef": 0.5, "warmup": 100, "buffer": 32, "chunk": 0, "balance_batch": False},
     "entropy": {"aux_coef": 0.5, "warmup": 100},
     "window": {"radius": 0.15},
+    "adaptconf": {"temperature": 0.5},
     "kl": {},
     "reverse_xent": {},
     "reverse_kl": {},

@@ -7,8 +7,13 @@ weights are detached, and the scalar is the sum of the weighted cross-entropies 
 `kl` adds a constant to that, and `reverse_xent`, `reverse_kl` and `next_token` are no cross-entropy against a
 detached target at all.
 
+Any number of classes will do, but for logconf_eleuther, whose buffer is of probabilities of class 0. With two, `logconf` and
+`logconf_openai` harden the student's prediction at a quantile of the batch; with more there is no one threshold, and the hardened
+prediction is the arg max.
+
 Sources: openai/weak-to-strong (xent, product, logconf_openai), EleutherAI/w2s (logconf_eleuther, entropy, window),
-Burns et al. 2023, arXiv 2312.09390 (logconf), arXiv 2502.11107 (reverse_xent, reverse_kl).
+Burns et al. 2023, arXiv 2312.09390 (logconf), arXiv 2502.11107 (reverse_xent, reverse_kl), Guo et al. 2024, arXiv 2402.03749
+(adaptconf).
 """
 
 from __future__ import annotations
@@ -67,6 +72,11 @@ def _harden(p0: jax.Array, threshold: jax.Array) -> jax.Array:
     return jnp.stack([first, ~first], axis=-1).astype(p0.dtype)
 
 
+def _hard(p: jax.Array) -> jax.Array:
+    """One-hot `[n, classes]` of the likeliest class, the first of equal ones."""
+    return jax.nn.one_hot(jnp.argmax(p, axis=-1), p.shape[-1], dtype=p.dtype)
+
+
 def _cross_entropy(targets: jax.Array, logits: jax.Array) -> jax.Array:
     return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
 
@@ -97,14 +107,12 @@ def _product(loss, logits, p, y, context, real, state):
 
 
 def _logconf(loss, logits, p, y, context, real, state):
-    _two_classes(loss.name, y)
-    hard = _harden(p[:, 0], quantile(p[:, 0], jnp.float32(0.5), real))
+    hard = _hard(p) if p.shape[-1] > 2 else _harden(p[:, 0], quantile(p[:, 0], jnp.float32(0.5), real))
     return (1 - context.coefficient) * y + context.coefficient * hard, 1.0, state
 
 
 def _logconf_openai(loss, logits, p, y, context, real, state):
-    _two_classes(loss.name, y)
-    hard = _harden(p[:, 0], quantile(p[:, 0], _mean(y[:, 1], real), real))
+    hard = _hard(p) if p.shape[-1] > 2 else _harden(p[:, 0], quantile(p[:, 0], _mean(y[:, 1], real), real))
     return (1 - context.coefficient) * y + context.coefficient * hard, 1.0, state
 
 
@@ -147,6 +155,16 @@ def _logconf_eleuther(loss, logits, p, y, context, real, state):
 
 def _entropy(loss, logits, p, y, context, real, state):
     return (1 - context.coefficient) * y + context.coefficient * p, 1.0, state
+
+
+def _adaptconf(loss, logits, p, y, context, real, state):
+    """The weight of the student's hardened prediction is each document's own: one half where it is the label's likeliest class,
+    else the less the student believes in that class, the smaller. The authors' exp(a) / (exp(a) + exp(b)) is sigmoid(a - b), which
+    does not overflow; their term on ground truth is left out, their distillation is at temperature 1, which is their default."""
+    log_p, hard = jax.nn.log_softmax(logits), _hard(p)
+    own, supervisor = -jnp.sum(hard * log_p, axis=-1), -jnp.sum(_hard(y) * log_p, axis=-1)
+    share = jax.nn.sigmoid((own - supervisor) / loss["temperature"])[:, None]
+    return (1 - share) * y + share * hard, 1.0, state
 
 
 def _window(loss, logits, p, y, context, real, state):
@@ -231,6 +249,7 @@ LOSSES: dict[str, _Kind] = {
     "logconf_eleuther": _Kind(_logconf_eleuther, coefficient=_ramp_by_updates, per_document=False),
     "entropy": _Kind(_entropy, coefficient=_ramp_by_updates),
     "window": _Kind(_window),
+    "adaptconf": _Kind(_adaptconf),
     "kl": _Kind(value=_kl),
     "reverse_xent": _Kind(value=_reverse_xent, notice=_CLIPPED),
     "reverse_kl": _Kind(value=_reverse_kl, notice=_CLIPPED),
@@ -296,7 +315,7 @@ class Loss:
           state: what `init_state` or the last call gave.
 
         Raises:
-          UserError: a threshold loss (logconf*) was given other than two classes.
+          UserError: logconf_eleuther was given other than two classes.
         """
         real = context.weights > 0
         # Cleaned on the way in, not only weighted by 0: NaN * 0 is NaN, in the gradient too.
@@ -344,6 +363,8 @@ def make(name: str, args: dict | None = None, *, ground_truth: bool, label_stats
             raise UserError(f"loss_args.{key}={values[key]!r}: expected 0 or more")
     if "aux_coef" in values and values["aux_coef"] > 1:
         raise UserError(f"loss_args.aux_coef={values['aux_coef']!r}: expected at most 1")
+    if "temperature" in values and not 0 < values["temperature"] < np.inf:
+        raise UserError(f"loss_args.temperature={values['temperature']!r}: expected a number above 0")
     if "buffer" in values and values["buffer"] < 1:
         raise UserError(f"loss_args.buffer={values['buffer']!r}: expected 1 or more")
     if name == "window":
@@ -362,15 +383,20 @@ def _radius(radius, ground_truth: bool, label_stats: dict) -> float:
 
 
 def label_statistics(soft_labels: np.ndarray) -> dict[str, float]:
-    """Statistics of a label set `[n, 2]` that a loss may ask for.
+    """Statistics of a label set `[n, classes]` that a loss may ask for.
 
     Returns:
-      "midweak": the lower median of |s - 0.5|, s the label's probability of class 1 (as torch.median takes it).
+      "midweak": the lower median (as torch.median takes it) of max(y) - 0.5, how far a label's likeliest class is above one half;
+        with two classes |s - 0.5|, s the probability of class 1. With more it may be below 0; `window` takes it as it is.
 
     Raises:
       ValueError: no labels, or unknown (NaN) ones among them.
     """
-    distance = np.sort(np.abs(np.asarray(soft_labels, np.float32)[:, 1] - np.float32(0.5)))
+    soft_labels = np.asarray(soft_labels, np.float32)
+    if soft_labels.shape[1] == 2:
+        distance = np.sort(np.abs(soft_labels[:, 1] - np.float32(0.5)))
+    else:
+        distance = np.sort(soft_labels.max(axis=1, initial=-np.inf) - np.float32(0.5))  # a row with a NaN gives NaN, sorted last
     if not len(distance) or np.isnan(distance[-1]):
         raise ValueError("label statistics need labels, none of them NaN")
     return {"midweak": float(distance[(len(distance) - 1) // 2])}

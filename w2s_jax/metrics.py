@@ -41,6 +41,25 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(predictions(logits) == labels))
 
 
+def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+    """Whether each label is among the k likeliest classes, bool `[n]`; of equal logits the lower class comes first.
+
+    Args:
+      logits: `[n, classes]`, finite. labels: int `[n]`. k: 1 or more; from `classes` on every row is True.
+    """
+    logits, labels = _checked(logits, labels)
+    if k < 1:
+        raise ValueError(f"k={k}: expected 1 or more")
+    out = np.empty(len(labels), bool)
+    size = max(1, _BLOCK // logits.shape[1])
+    for start in range(0, len(labels), size):
+        block, label = logits[start : start + size], labels[start : start + size, None]
+        own = np.take_along_axis(block, label, axis=1)
+        ahead = (block > own) | ((block == own) & (np.arange(logits.shape[1]) < label))
+        out[start : start + size] = ahead.sum(axis=1) < k
+    return out
+
+
 def auroc(score: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve by mid-ranks (a tie counts one half); NaN where only one class occurs.
 
@@ -165,6 +184,10 @@ class Bootstrap:
         """Replicates `[replicates]` of the accuracy."""
         return self.ratio(predictions(logits) == labels, np.ones(len(labels)), codes)
 
+    def top5(self, logits: np.ndarray, labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Replicates `[replicates]` of the share of labels among the five likeliest classes (`top_k`)."""
+        return self.ratio(top_k(logits, labels, 5), np.ones(len(labels)), codes)
+
     def auroc(self, logits: np.ndarray, labels: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Replicates `[replicates]` of the AUROC by mid-ranks; NaN where a draw holds one class only."""
         score, positive = scores(logits), np.asarray(labels) == 1
@@ -242,11 +265,14 @@ class Estimate:
 
 
 def estimate(boot: Bootstrap, metric: str, logits: np.ndarray, labels: np.ndarray, codes: np.ndarray) -> Estimate:
-    """`metric` (accuracy | auroc) of one run's test predictions, to be combined by `pgr`."""
+    """`metric` (accuracy | auroc | top5) of one run's test predictions, to be combined by `pgr`."""
     logits, labels = _checked(logits, labels)
-    if metric not in ("accuracy", "auroc"):
-        raise ValueError(f"metric {metric!r}: accuracy | auroc")
-    value = accuracy(logits, labels) if metric == "accuracy" else auroc(scores(logits), labels)
+    if metric not in ("accuracy", "auroc", "top5"):
+        raise ValueError(f"metric {metric!r}: accuracy | auroc | top5")
+    if metric == "auroc":
+        value = auroc(scores(logits), labels)
+    else:
+        value = accuracy(logits, labels) if metric == "accuracy" else float(top_k(logits, labels, 5).mean())
     if len(boot.names) < 2:  # nothing to draw: no error bar, rather than one of width 0
         return Estimate(value, np.full(boot.replicates, np.nan))
     return Estimate(value, getattr(boot, metric)(logits, labels, codes))

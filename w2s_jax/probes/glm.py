@@ -74,7 +74,7 @@ def fit(kind: str, rows: Rows, soft: np.ndarray, l2: float | None, folds: int, s
     if rows.n * rows.d > LONG:
         say(f"probe={kind}: the features' covariance [{rows.d}, {rows.d}], then the fit to {rows.n} rows")
     basis, spectrum, whole, variance = _basis(rows, mean)
-    x, targets = _on_device(rows, mean), jnp.asarray(soft)
+    x, targets = jax.device_put(rows.aligned(mean), may_alias=True), jnp.asarray(soft)
     solve = functools.partial(_solve, kind, whole, x, targets, jnp.asarray(basis), jnp.asarray(spectrum))
     start, info = np.zeros((1, rows.d + 1), np.float32), {}
     if parts is not None:
@@ -157,16 +157,6 @@ def _basis(rows: Rows, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool, 
 @jax.jit
 def _product(a, b):
     return jnp.matmul(a, b, precision=HIGHEST)
-
-
-def _on_device(rows: Rows, mean: np.ndarray) -> jax.Array:
-    """The centred features on the device. On a CPU the device takes over the very array, if it is aligned as XLA wants it."""
-    raw = np.empty(4 * rows.n * rows.d + 64, np.uint8)
-    begin = -raw.ctypes.data % 64
-    out = raw[begin : begin + 4 * rows.n * rows.d].view(np.float32).reshape(rows.n, rows.d)
-    for where, block in rows.blocks():
-        np.subtract(block, mean, out=out[where])
-    return jax.device_put(out, may_alias=True)
 
 
 # ---------------------------------------------------------------- the minimiser
