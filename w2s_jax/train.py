@@ -28,7 +28,8 @@ from w2s_jax.forward import compiled
 from w2s_jax.progress import Progress, say
 
 PACKED = ("tokens", "segments", "positions", "documents", "last")
-TRAINED = {"full": r"", "head": r"^head/", "lora": r"^head/|/lora_[ab]$"}  # what `config.train` trains: paths where this is found
+# What `config.train` trains: paths where this is found. Statistics of batch normalisation are never trained (models.vision).
+TRAINED = {"full": r"^(?!.*/(mean|variance)$)", "head": r"^head/", "lora": r"^head/|/lora_[ab]$"}
 
 
 def split_params(params: dict, train: str) -> tuple[dict, dict]:
