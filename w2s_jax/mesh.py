@@ -34,8 +34,11 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"lora_b$", (P(None, "model"),)),
     (r"lm_head/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
     (r"pooler/dense/kernel$", (P("fsdp", None),)),
+    (r"head/dense\d/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
     (r"head/kernel$", (P("fsdp", None),)),
-    (r"(scale|bias)$", (P(),)),
+    (r"embed/(class_token|registers|positions)$", (P(None, None, "fsdp"),)),
+    (r"(conv\d?|patches)/kernel$", (P(None, None, None, "fsdp"),)),  # [height, width, in, out]
+    (r"(scale|bias|mean|variance)$", (P(),)),
 )
 
 

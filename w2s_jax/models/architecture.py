@@ -64,6 +64,8 @@ class Architecture:
     residual: str = "pre"  # one of RESIDUAL
     first_norm: bool = True  # False = the first layer's attention has no norm before it (ModernBERT)
     final_norm: bool = True
+    layer_scale: float | None = None  # initial value of the learned factors on both branches (DINOv2); None = no such factors
+    scaled_init: bool = True  # matrices that write to the residual stream start smaller by sqrt(2 * layers) (GPT-2)
     qkv: str = "split"  # one of QKV
     qkv_bias: bool = True
     out_bias: bool = True

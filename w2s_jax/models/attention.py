@@ -24,8 +24,9 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "pallas")
 
 @dataclass(frozen=True)
 class Plan:
-    """What all layers share. `masks`: bool [rows, 1, time, time], one for each window that occurs, for xla; `segments` for the
-    others; `kernels`: splash's, one for each window. `mesh`: where the batch lives (empty = one device, or not known)."""
+    """What all layers share. `masks`: bool [rows, 1, time, time], one for each window that occurs, for xla (None = everybody sees
+    everybody); `segments` for the others; `kernels`: splash's, one for each window. `mesh`: where the batch lives (empty = one
+    device, or not known)."""
 
     implementation: str
     windows: tuple[int | None, ...]
@@ -33,7 +34,7 @@ class Plan:
     cap: float | None
     mesh: jax.sharding.AbstractMesh
     segments: jax.Array
-    masks: tuple[jax.Array, ...] = ()
+    masks: tuple[jax.Array | None, ...] = ()
     kernels: tuple = ()
 
 
@@ -69,13 +70,13 @@ def check(implementation: str, kinds: tuple[Kind, ...], causal: bool, **model) -
 
 
 def prepare(segments: jax.Array, kinds: tuple[Kind, ...], causal: bool, *, width: int, dtype, cap: float | None,
-            implementation: str, one_document: bool = False) -> Plan:
+            implementation: str, one_document: bool = False, whole: bool = False) -> Plan:
     """The plan of a batch. `segments`: int32 [rows, time], 0 = padding, else one number for each document of a row.
 
     A token attends to tokens of its own segment, earlier ones only if `causal`, within the window of the layer's kind.
     Padding attends to padding: finite, and read by nobody. Documents lie in one piece, so that places in a row are as far
     apart as positions in the document. `cap`: scores become cap * tanh(score / cap). `one_document`: the caller knows from
-    the batch's shapes that no row holds two.
+    the batch's shapes that no row holds two; `whole`: that one fills every row (images), so that nothing is masked but by windows.
     """
     windows, time = _windows(kinds), segments.shape[1]
     mesh = jax.typeof(segments).sharding.mesh
@@ -93,6 +94,8 @@ def prepare(segments: jax.Array, kinds: tuple[Kind, ...], causal: bool, *, width
         near = behind >= 0 if causal else None
         if window is not None:
             near = (behind >= 0) & (behind < window) if causal else jnp.abs(behind) <= window
+        if whole:
+            return None if near is None else near[None, None]
         return (same if near is None else same & near)[:, None]
 
     return Plan(*plan, masks=tuple(mask(w) for w in windows))

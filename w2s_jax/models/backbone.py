@@ -9,6 +9,7 @@ Parameters (path: shape), all in `param_dtype`; which of them a model has, its A
     layers/attn/qkv/{kernel,bias}                   [layers, embed, (heads + 2*kv_heads)*head_dim], [layers, ...]
     layers/attn/{q,k,v}/{kernel,bias}               [layers, embed, heads*head_dim | kv_heads*head_dim], [layers, ...]
     layers/attn/{q_norm,k_norm}/scale               [layers, head_dim | all heads' features]
+    layers/{scale1,scale2}/scale                    [layers, embed]
     layers/attn/out/{kernel,bias}                   [layers, heads*head_dim, embed], [layers, embed]
     layers/mlp/{up,gate}/{kernel,bias}              [layers, embed, mlp], [layers, mlp]
     layers/mlp/gate_up/{kernel,bias}                [layers, embed, 2*mlp], [layers, 2*mlp]
@@ -50,6 +51,10 @@ def _norm(arch: Architecture, compute: Compute, width: int | None = None, bias: 
     return Norm(arch.embed if width is None else width, arch.norm, arch.norm_eps, compute, bias=arch.norm_bias if bias is None else bias)
 
 
+def _out_std(arch: Architecture) -> float:
+    return arch.init_std / math.sqrt(2 * arch.layers) if arch.scaled_init else arch.init_std
+
+
 class Embed(nnx.Module):
     """Token embedding (scaled) + learned positions + token type 0, then a norm: as many of these as the family has."""
 
@@ -87,7 +92,7 @@ class Attention(nnx.Module):
             whole = arch.qk_norm == "whole"
             self.q_norm = _norm(arch, compute, sizes[0] if whole else arch.head_dim, bias=False)
             self.k_norm = _norm(arch, compute, sizes[1] if whole else arch.head_dim, bias=False)
-        self.out = Linear(sizes[0], arch.embed, arch.init_std / math.sqrt(2 * arch.layers), compute, bias=arch.out_bias,
+        self.out = Linear(sizes[0], arch.embed, _out_std(arch), compute, bias=arch.out_bias,
                           adapter=compute.adapter("attn/out"), rngs=rngs)
         self.arch = arch
 
@@ -132,7 +137,7 @@ class Mlp(nnx.Module):
             self.up = linear("up", arch.mlp)
             if arch.mlp_kind == "gated":
                 self.gate = linear("gate", arch.mlp)
-        self.down = Linear(arch.mlp, arch.embed, arch.init_std / math.sqrt(2 * arch.layers), compute, bias=arch.mlp_bias,
+        self.down = Linear(arch.mlp, arch.embed, _out_std(arch), compute, bias=arch.mlp_bias,
                            adapter=compute.adapter("mlp/down"), rngs=rngs)
         self.kind, self.activation = arch.mlp_kind, arch.activation
 
@@ -146,6 +151,16 @@ class Mlp(nnx.Module):
         return self.down((act(gate) * up.astype(jnp.float32)).astype(x.dtype), drop)
 
 
+class Scale(nnx.Module):
+    """One learned factor a feature (LayerScale, Touvron et al. 2021)."""
+
+    def __init__(self, width: int, start: float, compute: Compute):
+        self.scale = nnx.Param(jnp.full((width,), start, compute.param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (x.astype(jnp.float32) * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
 class Layer(nnx.Module):
     """One transformer layer; where its norms stand, architecture.RESIDUAL says."""
 
@@ -156,14 +171,17 @@ class Layer(nnx.Module):
             self.post1, self.post2 = _norm(arch, compute), _norm(arch, compute)
         self.attn = Attention(arch, compute, rngs=rngs)
         self.mlp = Mlp(arch, compute, rngs=rngs)
+        scale = lambda: nnx.data(None) if arch.layer_scale is None else Scale(arch.embed, arch.layer_scale, compute)  # noqa: E731
+        self.scale1, self.scale2 = scale(), scale()
         self.arch, self.rate = arch, compute.dropout
 
     def __call__(self, x: jax.Array, plan, turns, layer: jax.Array, kind: jax.Array, keys: jax.Array | None) -> jax.Array:
         residual = self.arch.residual
         drop = lambda y, site: dropout(y, keys, self.rate, site, layer)  # noqa: E731
         inner = lambda y, rate, site: dropout(y, keys, rate, ADAPTERS + site, layer)  # noqa: E731
-        attn = lambda y: drop(self.attn(y, plan, turns, layer, kind, inner), ATTENTION)  # noqa: E731
-        mlp = lambda y: drop(self.mlp(y, inner), MLP)  # noqa: E731
+        scaled = lambda scale, y: y if scale is None else scale(y)  # noqa: E731
+        attn = lambda y: drop(scaled(self.scale1, self.attn(y, plan, turns, layer, kind, inner)), ATTENTION)  # noqa: E731
+        mlp = lambda y: drop(scaled(self.scale2, self.mlp(y, inner)), MLP)  # noqa: E731
         add = lambda norm, y: (x.astype(jnp.float32) + norm(y, jnp.float32)).astype(x.dtype)  # noqa: E731
         if residual == "post":
             x = self.post1(x + attn(x))

@@ -72,18 +72,20 @@ class Pooler(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """Linear, no bias; weight, matmul and logits in float32 whatever the backbone's types. `pooler`: one that no checkpoint
-    holds, and that is trained from scratch with the head (RoBERTa's). `init`: one of HEAD_INITS; "unembedding" is filled after
-    loading (models.unembedding) and is 0 until then."""
+    """Linear; weight, bias (none for documents), matmul and logits in float32 whatever the backbone's types. `pooler`: one that no
+    checkpoint holds, and that is trained from scratch with the head (RoBERTa's). `init`: one of HEAD_INITS; "unembedding" is filled
+    after loading (models.unembedding) and is 0 until then."""
 
-    def __init__(self, embed: int, classes: int, init: str, *, pooler: Pooler | None = None, rngs: nnx.Rngs):
+    def __init__(self, embed: int, classes: int, init: str, *, pooler: Pooler | None = None, bias: bool = False, rngs: nnx.Rngs):
         kernel = HEAD_INITS[init] * jax.random.normal(rngs.params(), (embed, classes), jnp.float32)
         self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros((classes,), jnp.float32)) if bias else nnx.data(None)
         self.pooler = nnx.data(None) if pooler is None else pooler
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x if self.pooler is None else self.pooler(x)
-        return jnp.matmul(x.astype(jnp.float32), self.kernel[...], precision="highest")
+        logits = jnp.matmul(x.astype(jnp.float32), self.kernel[...], precision="highest")
+        return logits if self.bias is None else logits + self.bias[...]
 
 
 def vocabulary_logits(x: jax.Array, table: jax.Array, cap: float | None) -> jax.Array:

@@ -8,6 +8,7 @@ adapters, is the only exception; a head that one does have is left alone, and sa
 import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,16 @@ def nest(flat: dict) -> dict:
     return tree
 
 
+class Place(NamedTuple):
+    """Where tensors come from, for messages and for what is not read: `path`; `says`: who tells what must be there ("config.json
+    says"); `ignored`: regex of tensors that are no parameters; `own_head`: those of a classification head that is not used."""
+
+    path: Path
+    says: str
+    ignored: str
+    own_head: tuple[str, ...] = ()
+
+
 class _Tensor(NamedTuple):
     file: Path
     key: str  # its name in the file
@@ -58,14 +69,15 @@ class _Tensor(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a folder's safetensors by name, sharded or not; files are mapped only while something is read."""
+    """The tensors of a folder's safetensors by name, sharded or not, or of one such file; files are mapped only while something
+    is read."""
 
     def __init__(self, folder: Path, renamed: tuple[tuple[str, str], ...] = ()):
         self.folder = folder
         self.tensors: dict[str, _Tensor] = {}
         self._opened: dict = {}
-        for name in [SINGLE] if (folder / SINGLE).exists() else self._indexed():
-            file = folder / name
+        single = [folder] if folder.is_file() else [folder / SINGLE] if (folder / SINGLE).exists() else None
+        for file in single or [folder / name for name in self._indexed()]:
             if not file.exists():
                 raise UserError(f"{file}: no such file, although {folder / INDEX} names it")
             try:
@@ -152,19 +164,19 @@ def _own_head(checkpoint: Checkpoint, family) -> list[str]:
     return [name for name in checkpoint.tensors if name.startswith(f"{module}.")]
 
 
-def _differences(folder: Path, checkpoint: Checkpoint, wanted: dict[str, tuple], family) -> None:
+def _differences(place: Place, checkpoint, wanted: dict[str, tuple]) -> None:
     """UserError with both sides of the difference between the tensors there and those `wanted` (name -> shape)."""
     there = checkpoint.tensors
-    surplus = [n for n in there if n not in wanted and not re.fullmatch(family.ignored, n) and n not in _own_head(checkpoint, family)]
+    surplus = [n for n in there if n not in wanted and not re.fullmatch(place.ignored, n) and n not in place.own_head]
     missing = [n for n in wanted if n not in there]
-    shapes = [f"{n} {list(there[n].shape)} where config.json says {list(s)}" for n, s in wanted.items()
+    shapes = [f"{n} {list(there[n].shape)} where {place.says} {list(s)}" for n, s in wanted.items()
               if n in there and there[n].shape != s]
     if surplus or missing or shapes:
         def some(title, items):
             return f"{len(items)} {title} ({', '.join(items[:4])}{', ...' if len(items) > 4 else ''})" if items else ""
 
         parts = [some("missing", missing), some("that nothing takes", surplus), some("of another shape", shapes)]
-        raise UserError(f"{folder}: the tensors do not fit config.json: {'; '.join(p for p in parts if p)}")
+        raise UserError(f"{place.path}: the tensors do not fit {place.says.removesuffix(' says')}: {'; '.join(p for p in parts if p)}")
     for name in wanted:
         if there[name].dtype not in READABLE:
             raise UserError(f"{there[name].file}: tensor {name!r} is {there[name].dtype}; expected one of {', '.join(sorted(READABLE))}")
@@ -182,21 +194,37 @@ def load(folder, model, family, shardings: dict | None, key) -> dict:
     folder = Path(folder)
     checkpoint = Checkpoint(folder, family.renamed)
     prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in checkpoint.tensors)), "")
+    names = names_of(paths(model.abstract), model.config, family, prefix)
+    place = Place(folder, "config.json says", family.ignored, tuple(_own_head(checkpoint, family)))
+    return fill(checkpoint, place, model, names, lambda path: (1, 0) if transposed(path, family) else None, shardings, key)
+
+
+def fill(checkpoint, place: Place, model, names: dict[str, list[str | None] | str], order: Callable[[str], tuple[int, ...] | None],
+         shardings: dict | None, key) -> dict:
+    """Params of `model` from an open checkpoint, strictly; `load` says how, and what `shardings`, `key` and errors are.
+
+    `checkpoint`: a Checkpoint, or what has its `tensors`, `read` and `release` (models.torchfile). `names`: as names_of gives
+    them. `order(path)`: for each axis of the parameter (of one layer of a stack) the axis of the stored tensor that it is, None =
+    as stored: (1, 0) for a matrix that is stored [outputs, inputs].
+    """
     abstract = paths(model.abstract)
-    names = names_of(abstract, model.config, family, prefix)
-    wanted = {}
-    for path, layer, name in each(names):
-        shape = abstract[path].shape if layer is None else abstract[path].shape[1:]
-        wanted[name] = shape[::-1] if transposed(path, family) else shape
-    _differences(folder, checkpoint, wanted, family)
-    if own := _own_head(checkpoint, family):
-        say(f"{folder}: its own classification head ({', '.join(own)}) is not used: a new one is made")
+
+    def as_stored(path, items):
+        """The items of the parameter's axes, in the order of the stored tensor's."""
+        turned = order(path)
+        return tuple(items) if turned is None else tuple(items[i] for i in np.argsort(turned))
+
+    wanted = {name: as_stored(path, abstract[path].shape[0 if layer is None else 1:]) for path, layer, name in each(names)}
+    _differences(place, checkpoint, wanted)
+    if place.own_head:
+        new = "" if "head" not in model.abstract else ": a new one is made"
+        say(f"{place.path}: its own classification head ({', '.join(place.own_head)}) is not used{new}")
 
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = paths(shardings) if shardings is not None else {}
 
     def read(path):
-        name, leaf, turned = names[path], abstract[path], transposed(path, family)
+        name, leaf, turned = names[path], abstract[path], order(path)
         sharding = placed.get(path, default)
         layers = None if isinstance(name, str) else name
 
@@ -219,10 +247,9 @@ def load(folder, model, family, shardings: dict | None, key) -> dict:
 
         def small(index):
             """Stacked, turned and cast by the host."""
-            inner = index if layers is None else index[1:]
-            inner = inner[::-1] if turned else inner
+            inner = as_stored(path, index if layers is None else index[1:])
             found = [stored(n, inner) for n in ([name] if layers is None else layers[index[0]])]
-            found = [t.T if turned else t for t in found]
+            found = [t if turned is None else t.transpose(turned) for t in found]
             out = np.empty((len(found), *found[0].shape), leaf.dtype)
             for i, t in enumerate(found):
                 out[i] = t
@@ -233,10 +260,12 @@ def load(folder, model, family, shardings: dict | None, key) -> dict:
 
         # Large: moved as it is stored (turning a view costs the transfer little), cast by the devices, a few layers at a time.
         def large(index, names):
-            inner = index if layers is None else index[1:]
-            found = [stored(n, inner[::-1] if turned else inner) for n in names]
+            inner = as_stored(path, index if layers is None else index[1:])
+            found = [stored(n, inner) for n in names]
             out = found[0] if layers is None else np.stack(found)
-            return np.swapaxes(out, -1, -2) if turned else out
+            if turned is None:
+                return out
+            return out.transpose(turned if layers is None else (0, *(1 + i for i in turned)))
 
         if layers is None:
             result = _cast(array(leaf.shape, sharding, lambda index: large(index, [name])), leaf.dtype, sharding)

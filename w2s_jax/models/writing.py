@@ -32,6 +32,11 @@ class Entry(NamedTuple):
 def entries(params: dict, config, family) -> dict[str, Entry]:
     """Name of the tensor -> Entry, for every parameter of the pretrained model, in the checkpoint's own orientation."""
     flat = {path: leaf for path, leaf in paths(params).items() if not path.startswith("head/") and not is_adapter(path)}
+    return arranged(flat, names_of(flat, config, family, family.prefixes[0]), lambda path: (1, 0) if transposed(path, family) else None)
+
+
+def arranged(flat: dict, names: dict, order: Callable[[str], tuple[int, ...] | None]) -> dict[str, Entry]:
+    """Name of the tensor -> Entry, of flat params; `names` and `order` as weights.fill has them."""
     whole: dict = {}
 
     def get(path, layer):
@@ -43,10 +48,10 @@ def entries(params: dict, config, family) -> dict[str, Entry]:
                 whole.clear()
                 whole[path] = jax.device_get(leaf)
             array = whole[path] if layer is None else whole[path][layer]
-        return np.ascontiguousarray(array.T if transposed(path, family) else array)
+        turned = order(path)
+        return np.ascontiguousarray(array if turned is None else array.transpose(np.argsort(turned)))
 
-    names = names_of(flat, config, family, family.prefixes[0])
-    return {name: Entry(flat[path].nbytes // (1 if layer is None else config.layers), functools.partial(get, path, layer))
+    return {name: Entry(flat[path].nbytes // (1 if layer is None else len(names[path])), functools.partial(get, path, layer))
             for path, layer, name in each(names)}
 
 
