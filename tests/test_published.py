@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from w2s_jax import published
 from w2s_jax.errors import UserError
-from w2s_jax.models import published
 
 CONTENT = np.random.default_rng(0).bytes(3 * 2**20 + 12345)
 NAME = "alexnet"

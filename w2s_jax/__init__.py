@@ -13,8 +13,8 @@ def load(run_dir):
     from w2s_jax.runlog import LoadedRun
 
     def open_model(run):
-        from w2s_jax import workload  # imports jax: only who asks for the model waits for it
+        from w2s_jax import vision, workload  # import jax: only who asks for the model waits for it
 
-        return workload.restore(run)
+        return (vision if run.config.get("stage") == "vision_train" else workload).restore(run)
 
     return LoadedRun(run_dir, open_model)

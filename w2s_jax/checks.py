@@ -16,6 +16,9 @@ from w2s_jax.errors import UserError, nearest
 OF_STAGE = {
     ("label", "split"): ("b", "a", "train", "val", "test"), ("ensemble", "split"): ("b", "a", "train", "val"),
     ("prompt", "split"): ("test", "b", "a"), ("pretrain", "param_dtype"): ("float32", "bfloat16"),
+    ("vision_train", "split"): ("weak", "train", "both"), ("vision_train", "param_dtype"): ("float32", "bfloat16"),
+    ("vision_train", "train"): ("full", "head"), ("vision_train", "head_init"): ("zeros", "normal", "small"),
+    ("vision", "schedule"): ("constant", "cosine"),
 }  # fmt: skip
 
 # Closed ranges (low, high); a low of TINY excludes 0. Keys that stand nowhere here are free.
@@ -38,8 +41,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer_args.b1": (0, 1 - 1e-12), "optimizer_args.b2": (0, 1 - 1e-12), "optimizer_args.eps": (TINY, 1),
     "optimizer_args.momentum": (0, 1 - 1e-12),
     "lora.rank": (1, math.inf), "lora.alpha": (TINY, 1e6), "lora.dropout": (0, 1 - 1e-9),
+    "n_weak": (0, math.inf), "resize": (-1, 1e5), "crop": (-1, 1e5), "workers": (0, 1024), "pictures": (0, 1000),
+    "arch.mlp": (1, math.inf), "arch.patch": (1, math.inf), "contrast.width": (1, math.inf), "contrast.outputs": (1, math.inf),
+    "contrast.temperature": (TINY, 1e6), "augment.shift": (0, 1), "augment.zoom": (0, 1 - 1e-9), "augment.rotate": (0, 180),
+    "augment.brightness": (0, 1), "augment.contrast": (0, 1), "augment.noise": (0, 1),
     "probe_args.k": (1, math.inf), "probe_args.l2": (TINY, 1e30), "probe_args.folds": (2, math.inf),
 }  # fmt: skip
+RANGES_OF_STAGE = {(stage, key): (0, math.inf) for stage in ("vision", "vision_train") for key in ("n_train", "n_test")}  # 0 = the rest
 RUNS = ("run", "weak", "ceiling", "student", "label")  # keys that name a run directory
 
 
@@ -58,6 +66,8 @@ def check(c: ConfigDict) -> None:
         _check_keys(flatten(c), defaults, reference, stage)
     if stage == "sweep":
         _check_sweep(c)
+    elif stage == "vision":
+        _check_vision(c)
     else:
         _check_values(c, defaults, (c.loss,) if "loss" in c else ())
         _check_paths(c)
@@ -71,7 +81,7 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...], probes
         if key in CHOICES:
             _choose(key, value, OF_STAGE.get((c.get("stage"), key), CHOICES[key]))
         if key in RANGES and not (key == "loss_args.radius" and value == "midweak"):
-            _in_range(key, value)
+            _in_range(key, value, RANGES_OF_STAGE.get((c.get("stage"), key)))
     if losses:
         _check_arguments(c, "loss", LOSS_ARGS, losses)
     if "optimizer" in c:
@@ -98,7 +108,7 @@ def _check_paths(c: ConfigDict) -> None:
     if c.get("features") and "://" not in c.features and Path(c.features).expanduser().is_file():
         raise UserError(f"config.features: {c.features!r} is a file, expected a folder")
     if c.get("model") and not (c.get("stage") == "probe" and c.run):  # the run names its own model
-        check_model(c.model)
+        (check_image_model if c.stage == "vision_train" else check_model)(c.model)
     if c.get("tokenizer") and is_path(c.tokenizer) and not Path(c.tokenizer).expanduser().is_dir():
         raise UserError(f"config.tokenizer: {c.tokenizer!r}, no such folder")
     for key in ("labels", "stats_labels", "file", "corpus", "root", *RUNS):
@@ -156,6 +166,40 @@ def _check_sweep(c: ConfigDict) -> None:
         check_task(task, c.base.task_dir, "tasks")
     for model in () if c.rungs else c.models:
         check_model(model, "models")
+
+
+def _check_vision(c: ConfigDict) -> None:
+    """The keys of an image experiment, and the configs of the networks that it trains."""
+    _check_values(c, flatten(shipped("vision")), ("xent", *c.losses))
+    for key in ("seeds", "losses"):
+        if not c[key] or len(set(c[key])) < len(c[key]):
+            raise UserError(f"config.{key}: {tuple(c[key])}, expected at least one, each once")
+    for seed in c.seeds:
+        _in_range("seeds", seed, RANGES["seed"], whole=True)
+    for loss in c.losses:
+        _choose("losses", loss, CHOICES["loss"])
+    for level in c.noise:
+        _in_range("noise", level, (TINY, 1 - 1e-9))
+    for l2 in c.l2:
+        _in_range("l2", l2, RANGES["probe_args.l2"])
+    if list(c.l2) != sorted(set(c.l2), reverse=True):
+        raise UserError(f"config.l2: {tuple(c.l2)}, expected penalties from the largest to the smallest, each once")
+    used = {"weak_train": not c.weak_model, "strong_train": not c.strong_model, "student_train": c.finetune}
+    for key in (key for key in used if used[key]):
+        part = c[key]
+        for name in ("model", "labels"):
+            if part[name]:
+                raise UserError(f"config.{key}.{name}: {part[name]!r}, expected it empty: the stage vision sets it")
+        try:
+            _check_values(part, flatten(shipped("vision_train")), (part.loss,))
+        except UserError as error:
+            raise UserError(str(error).replace("config.", f"config.{key}.", 1)) from error
+    if used["weak_train"] and not c.n_weak:
+        raise UserError("config.n_weak: 0, expected images for weak_train, since config.weak_model is empty")
+    for key in ("weak_model", "strong_model"):
+        if c[key]:
+            check_image_model(c[key], key)
+    check_store("config.features", c.features)
 
 
 def _choose(key: str, value, choices: tuple[str, ...]) -> None:
@@ -225,7 +269,7 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
     if "arch" in c and not c.get("model"):
         if c.arch.width % c.arch.heads:
             raise UserError(f"config.arch.heads: {c.arch.heads}, expected a divisor of config.arch.width ({c.arch.width})")
-        if c.get("max_length", 0) > c.arch.context:
+        if "context" in c.arch and c.get("max_length", 0) > c.arch.context:
             raise UserError(f"config.max_length: {c.max_length}, expected at most config.arch.context ({c.arch.context})")
     if "layer" in c and c.layer not in ("middle", "last") and not c.layer.isdecimal() and (c.layer, c.mode) != ("all", "extract"):
         raise UserError(f"config.layer: {c.layer!r}, expected middle, last or a number of 0 (embeddings) or more; all with mode=extract")
@@ -239,7 +283,7 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
         if c.labels and (c.split != "test" or not c.shots):
             raise UserError(f"config.labels: {c.labels!r}, expected it empty with config.split={c.split!r}, config.shots={c.shots}: labels "
                             "are the answers that shots show, for split=test")
-    if "head_init" in c:
+    if "answers" in c and "head_init" in c:
         answers = tuple(c.answers)
         if c.head_init == "unembedding":
             _check_answers(answers)
@@ -288,3 +332,16 @@ def check_model(name: str, key: str = "model") -> None:
             raise UserError(f"config.{key}: {name!r} is not in Hugging Face's format: it has no config.json")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"config.{key}: {name!r}, expected a hub id (name or organisation/name) or a local folder")
+
+
+def check_image_model(name: str, key: str = "model") -> None:
+    """UserError unless `name` may be a published checkpoint, a file as its authors published it, a folder in Hugging Face's format or
+    a hub id."""
+    from w2s_jax.published import PUBLISHED
+
+    if name in PUBLISHED or Path(name).expanduser().is_file():
+        return
+    if "/" not in name:  # a hub id of one part is no image model's: it was meant as a published name
+        raise UserError(f"config.{key}: {name!r}, expected one of {', '.join(PUBLISHED)}, a file, a folder or a hub id"
+                        f"{nearest(name, PUBLISHED)}")
+    check_model(name, key)

@@ -51,7 +51,7 @@ PROBE_ARGS: dict[str, dict] = {
 
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("finetune", "label", "ensemble", "probe", "prompt", "export", "pretrain", "sweep", "report", "benchmark"),
+    "stage": ("finetune", "label", "ensemble", "probe", "prompt", "export", "pretrain", "vision", "vision_train", "sweep", "report", "benchmark"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
@@ -72,6 +72,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pool": ("last", "mean"),
     "how": ("mean", "vote", "disagreement"),
     "calibrate": ("none", "content_free", "prior"),
+    "objective": ("supervised", "contrastive"),
+    "bad_images": ("error", "skip"),
+    "interpolation": ("auto", "bilinear", "bicubic"),
     "keep": ("params", "all", "none"),
     "select": ("last", "val_labels", "agreement", "oracle"),
     "logger": ("none", "tensorboard", "wandb"),
@@ -80,7 +83,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Keys that change how a run is executed, not what comes out: two runs that differ only in these are the same run.
 EXECUTION = (
     "mesh", "microbatch_size", "remat", "attention", "steps_per_dispatch", "logger", "log_every", "eval_every",
-    "checkpoint_every", "keep", "eval_batch_size", "features", "workdir",
+    "checkpoint_every", "keep", "eval_batch_size", "features", "workers", "pictures", "predictions", "workdir",
 )  # fmt: skip
 # Keys whose content counts, not their name: an identity holds a fingerprint in their place.
 CONTENT = ("model", "task", "labels", "stats_labels", "run", "corpus", "tokenizer")

@@ -107,7 +107,7 @@ def _download(model: str, revision: str, wanted=tuple(WANTED)) -> Folder:
 
 def _files(path: Path) -> list[Path]:
     """The files that determine a model and its tokens, by name."""
-    patterns = ("config.json", *TOKENIZER_FILES, "*.safetensors", WEIGHTS[1])
+    patterns = ("config.json", "preprocessor_config.json", *TOKENIZER_FILES, "*.safetensors", WEIGHTS[1])
     return sorted({f for pattern in patterns for f in path.glob(pattern) if f.is_file()}, key=lambda f: f.name)
 
 
@@ -115,10 +115,15 @@ def fingerprint(folder: str | os.PathLike) -> str:
     """sha256 (hex) over the names and bytes of config.json, tokenizer files and safetensors; where they lie plays no part."""
     total = hashlib.sha256()
     for file in _files(Path(folder)):
-        stat = file.stat()
-        digest = _sha256(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
-        total.update(f"{file.name}\0{digest}\n".encode())
+        total.update(f"{file.name}\0{fingerprint_file(file)}\n".encode())
     return total.hexdigest()
+
+
+def fingerprint_file(file: str | os.PathLike) -> str:
+    """sha256 (hex) over the bytes of one file."""
+    file = Path(file)
+    stat = file.stat()
+    return _sha256(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)

@@ -35,6 +35,7 @@ RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     (r"lm_head/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
     (r"pooler/dense/kernel$", (P("fsdp", None),)),
     (r"head/dense\d/kernel$", (P("fsdp", "model"), P("fsdp", None), P(None, "model"))),
+    (r"projector/(up|down)/kernel$", (P("fsdp", None),)),
     (r"head/kernel$", (P("fsdp", None),)),
     (r"embed/(class_token|registers|positions)$", (P(None, None, "fsdp"),)),
     (r"(conv\d?|patches)/kernel$", (P(None, None, None, "fsdp"),)),  # [height, width, in, out]

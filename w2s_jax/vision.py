@@ -1,6 +1,6 @@
 """What the vision stages share: image models on a mesh, what they read of images, fingerprints.
 
-The counterpart of `workload` for images. A model is named by the name of a published checkpoint (`models.published`), a file as its
+The counterpart of `workload` for images. A model is named by the name of a published checkpoint (`w2s_jax.published`), a file as its
 authors published it, or a folder or hub id in Hugging Face's format.
 """
 
@@ -14,12 +14,11 @@ import jax
 import numpy as np
 
 from w2s_jax import checkpoint as ckpt
-from w2s_jax import feeding, forward, hub, metrics, runlog, store, workload
+from w2s_jax import feeding, forward, hub, metrics, published, runlog, store, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import images as images_lib
 from w2s_jax.data.examples import Examples, one_hot
 from w2s_jax.errors import UserError
-from w2s_jax.models import published
 from w2s_jax.models import vision as models
 from w2s_jax.trainable import merge_params, split_params
 

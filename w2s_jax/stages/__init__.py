@@ -50,6 +50,11 @@ def prepare(config) -> dict:
             runlog.load_done(config.run, "finetune")
         prepared = splits.prepare(config)
         return {"prepared": prepared, "labels": labels.read(config.labels) if config.labels else None}
+    if config.stage in ("vision", "vision_train"):
+        from w2s_jax.data import images, labels
+
+        given = {"labels": labels.read(config.labels)} if config.get("labels") else {}
+        return {"prepared": images.prepare(config), **given}
     if config.stage in ("label", "export"):
         from w2s_jax import runlog
 

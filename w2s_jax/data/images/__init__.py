@@ -10,10 +10,11 @@ from __future__ import annotations
 from w2s_jax.data.images.decoding import BadImage, Transform
 from w2s_jax.data.images.imageset import ImageSet, image_sha
 from w2s_jax.data.images.loader import Loader
+from w2s_jax.data.images.prepared import Prepared, prepare
 from w2s_jax.data.images.splitting import Split, split
 from w2s_jax.errors import UserError
 
-__all__ = ["BadImage", "ImageSet", "Loader", "Split", "Transform", "image_sha", "open_images", "split"]
+__all__ = ["BadImage", "ImageSet", "Loader", "Prepared", "Split", "Transform", "image_sha", "open_images", "prepare", "split"]
 
 
 def open_images(dataset: str, *, data_dir: str = "", split: str = "", classes: str = "") -> ImageSet:

@@ -38,12 +38,13 @@ class BadImage(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Resize of the shorter side, then a crop from the centre.
+    """Resize of the shorter side (of both to a square under `squeeze`), then a crop from the centre.
 
     Attributes:
-      resize: pixels of the shorter side; 0 leaves the size.
+      resize: pixels of the shorter side, or of both; 0 leaves the size.
       crop: pixels of both sides, zeros around an image that is smaller; 0 keeps the whole image.
       interpolation: "bilinear" (torchvision's default) or "bicubic" (DINO); antialiased by Pillow.
+      squeeze: whether the proportions are given up, as Hugging Face's ViT processors do.
 
     UserError: a negative size, an unknown interpolation.
     """
@@ -51,6 +52,7 @@ class Transform:
     resize: int = 256
     crop: int = 224
     interpolation: str = "bilinear"
+    squeeze: bool = False
 
     def __post_init__(self):
         for key in ("resize", "crop"):
@@ -64,7 +66,7 @@ class Transform:
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over what decides the pixels."""
-        return hashlib.sha256(f"torchvision resize={self.resize} crop={self.crop} {self.interpolation}".encode()).hexdigest()
+        return hashlib.sha256(f"torchvision resize={self.resize} crop={self.crop} {self.interpolation}{' squeeze' * self.squeeze}".encode()).hexdigest()
 
     def __call__(self, encoded: bytes | np.ndarray) -> np.ndarray:
         """An image's bytes, or its pixels uint8 `[height, width, 3]`, as uint8 `[crop, crop, 3]`. BadImage: it cannot be decoded."""
@@ -80,6 +82,7 @@ class Transform:
         if self.resize * other > MAX_PIXELS:
             raise BadImage(f"{width} x {height} pixels would become {self.resize} x {other}, more than {MAX_PIXELS:,}")
         size = (self.resize, other) if width <= height else (other, self.resize)
+        size = (self.resize, self.resize) if self.squeeze else size
         return image if size == image.size else image.resize(size, getattr(_pillow().Resampling, self.interpolation.upper()))
 
 

@@ -25,11 +25,11 @@ from w2s_jax.models.vision import names as names_lib
 from w2s_jax.models.vision import writing
 from w2s_jax.models.vision.config import AlexNet, ResNet, VisionConfig, ViT
 from w2s_jax.models.vision.convolutional import TORCH, AlexNetBackbone, ResNetBackbone
-from w2s_jax.models.vision.reading import MODEL_TYPES, open_checkpoint, read_config
+from w2s_jax.models.vision.reading import MODEL_TYPES, new_vit, open_checkpoint, read_config
 from w2s_jax.models.vision.transformer import ViTBackbone
 from w2s_jax.models.weights import paths
 
-__all__ = ["HEAD_INITS", "HEADS", "MODEL_TYPES", "VisionConfig", "VisionModel", "build", "load", "read_config", "save"]
+__all__ = ["HEAD_INITS", "HEADS", "MODEL_TYPES", "VisionConfig", "VisionModel", "build", "load", "new_vit", "read_config", "save"]
 
 HEADS = ("own", "new", "none")  # the checkpoint's classifier | one linear layer on the features | features only
 HEAD_INITS = tuple(name for name in heads.HEAD_INITS if name != "unembedding")

@@ -55,6 +55,19 @@ def read_config(path) -> VisionConfig:
                     "a vision transformer of DINO or DINOv2, or a CIFAR ResNet")
 
 
+def new_vit(*, image: int, patch: int, width: int, layers: int, heads: int, mlp: int, resize: int = 0,
+            interpolation: str = "bilinear") -> VisionConfig:
+    """A vision transformer of these sizes (ViT's of Dosovitskiy et al. 2021), to be trained from the start; `image` pixels a side.
+
+    Raises:
+      UserError: heads do not divide the width, or a patch is larger than the image.
+    """
+    raw = {"model_type": "vit", "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp,
+           "image_size": image, "patch_size": patch}
+    arch, _ = _hf_transformer(Fields(raw, "config.arch"))
+    return VisionConfig("vit", "hf_vit", width, 0, (), image, arch, resize=resize, crop=image, interpolation=interpolation)
+
+
 class _Refused(Exception):
     pass
 

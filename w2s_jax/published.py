@@ -5,7 +5,7 @@ The names are those of torchvision and torch.hub. Addresses: torchvision's model
 README.md of facebookresearch/dinov2. torchvision writes the first eight hex digits of a file's sha256 into its name; Meta's files
 have no published hash, of theirs the size alone is checked.
 
-What is downloaded is a pickle to PyTorch; here `torchfile.TorchFile` reads it, and nothing runs it.
+What is downloaded is a pickle to PyTorch; here `models.torchfile.TorchFile` reads it, and nothing runs it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,332 @@
+"""Weak-to-strong on images: weak labels, frozen features of a strong model, linear probes, and fine-tuned students beside them.
+
+openai/weak-to-strong `vision/run_weak_strong.py`. The directory is a run (config.json, results.json) and holds
+
+    features/       logits of the weak and features of the strong model (w2s_jax/store.py)
+    labels/         weak-s<seed>.parquet: the supervisor's labels of the train part, which any run of vision_train takes
+    predictions/    test images: the supervisors' and every student's and ceiling's
+    runs/           networks that are trained here, runs of vision_train
+    report/         tables, plots, pictures
+"""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import numpy as np
+from etils import epath
+
+from w2s_jax import checkpoint as ckpt
+from w2s_jax import config as config_lib
+from w2s_jax import gallery, losses, metrics, runlog, stages, transfer, vision, vision_report, workload
+from w2s_jax import mesh as mesh_lib
+from w2s_jax.data import images as images_lib
+from w2s_jax.data import labels as labels_lib
+from w2s_jax.errors import UserError
+from w2s_jax.graph import Graph, variant
+from w2s_jax.models import vision as models
+from w2s_jax.probes import softmax
+from w2s_jax.progress import Progress, say
+from w2s_jax.runlog import Run
+
+DATA = ("data_seed", "dataset", "data_dir", "dataset_split", "classes", "bad_images", "n_weak", "n_train", "n_test", "resize", "crop",
+        "interpolation", "dtype", "matmul_precision", "eval_batch_size", "workers", "mesh")  # fmt: skip
+TRAINED_HERE = ("weak_train", "strong_train", "student_train")
+SAVE_SECONDS = 30.0  # between two checkpoints of the probes
+
+
+def identity(config, planned: dict | None = None, prepared=None) -> dict:
+    """What the experiment is: images, models or how they are trained, probes. Arguments as in the stage vision_train."""
+    fingerprints = {"dataset": vision.fingerprint_data(config, planned, prepared), "data_dir": None, "dataset_split": None, "classes": None}
+    for key in ("weak", "strong"):
+        name, revision = config[f"{key}_model"], config[f"{key}_revision"]
+        fingerprints |= {f"{key}_model": vision.fingerprint(name, revision, planned) if name else None, f"{key}_revision": None}
+    used = {"weak_train": not config.weak_model, "strong_train": not config.strong_model, "student_train": config.finetune}
+    for key in TRAINED_HERE:  # their images and labels are those of this run
+        fingerprints[key] = config_lib.identity(config[key], {"model": None, "labels": None} | dict.fromkeys(DATA)) if used[key] else None
+    # Losses that are not in `losses` have no say, whatever their arguments; what a loss takes is resolved by name.
+    fingerprints["loss_args"] = {loss: config_lib.loss_args(_with_loss(config, loss)) for loss in config.losses}
+    return config_lib.identity(config, fingerprints)
+
+
+def _with_loss(config, loss: str):
+    """`loss_args` of the experiment, as `config_lib.loss_args` takes them for one of its losses."""
+    return config_lib.ConfigDict({"loss": loss, "loss_args": dict(config.loss_args)})
+
+
+def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared | None = None, **_) -> dict:
+    """Run the experiment in `workdir` and return its results (those of results.json).
+
+    Args:
+      prepared: the images of `config`, where `stages.prepare` has read them already.
+
+    Raises:
+      UserError: bad input, found before anything is written.
+    """
+    start = time.perf_counter()
+    prepared = prepared or images_lib.prepare(config)
+    ident = identity(config, prepared=prepared)
+    if (done := workload.finished(workdir, config, ident, rerun, transfer.summary)) is not None:
+        return done
+    classes = prepared.images.n_classes
+    for key in ("weak", "strong"):  # what cannot be used is refused before anything is written
+        if config[f"{key}_model"]:
+            found = models.read_config(vision.resolve(config[f"{key}_model"], config[f"{key}_revision"]).path)
+            if key == "weak" and found.classes != classes:
+                has = f"gives {found.classes} classes" if found.classes else "has no classifier"
+                raise UserError(f"config.weak_model: {config.weak_model!r} {has}, the images have {classes}; expected as many (config.classes "
+                                "names all classes that a model knows, where a folder holds some of them)")
+    with vision.precision(config), Run.open(workdir, config, ident, rerun=rerun) as run_:
+        run_.start({"fingerprints": {"dataset": prepared.images.fingerprint}, "classes": classes,
+                    "class_names": list(prepared.images.class_names), "parents": []})
+        for note in prepared.notes:
+            say(note)
+        say(f"{workload.shown(workdir)}: {prepared.images.name}, {classes} classes, {len(prepared.split.train)} images to learn from and "
+            f"{len(prepared.split.test)} to test on")
+        experiment = _Experiment(config, run_, prepared, ident, rerun)
+        results = experiment.run() | {"seconds": time.perf_counter() - start}
+        ckpt.Checkpoints(run_.path).clear()  # the probes' progress: their predictions are written
+        run_.finish(results)
+    say(f"{workload.shown(workdir)}: {transfer.summary(results)}; report in {epath.Path(workdir) / 'report' / 'report.md'}")
+    if warning := metrics.small_test_warning({"accuracy": results["weak"]["accuracy"], "accuracy_ci": results["weak"]["accuracy_ci"],
+                                              "n_test": results["n_test"]}):
+        say(warning)
+    return results
+
+
+class _Experiment:
+    """The steps of a run. `labels` int `[test]`: the truth."""
+
+    def __init__(self, config, run_, prepared: images_lib.Prepared, ident: dict, rerun: bool):
+        self.config, self.run_, self.prepared, self.ident, self.rerun = config, run_, prepared, ident, rerun
+        self.images, self.seeds = prepared.images, tuple(config.seeds)
+        self.graph = Graph(run_.path, stages.identity)
+        self.stats: dict = {}
+        self.notes: list[str] = []
+        self._first_student = None  # test logits of the first seed's student with the first loss
+        self._shown = None  # the images as the strong model sees them
+
+    def run(self) -> dict:
+        config, images = self.config, self.images
+        weak = {s: config.weak_model or self._network("weak_train", f"weak-s{s}", seed=s) for s in self.seeds}
+        strong = config.strong_model or self._network("strong_train", "strong")
+        passed = time.perf_counter()
+        logits = {name: self._read(name, config.weak_revision, "logits", "own") for name in dict.fromkeys(weak.values())}
+        features = self._read(strong, config.strong_revision, "features", "none")
+        split = self.prepared.split  # without what could not be decoded
+        for note in self.notes:
+            say(note)
+        passed = time.perf_counter() - passed
+        train, test = ({name: read(rows) for name, read in logits.items()} for rows in (split.train, split.test))
+        self.train_logits, self.test_logits = ({s: part[weak[s]] for s in self.seeds} for part in (train, test))
+        self.labels = images.labels[split.test]
+        self.compare = transfer.Comparison(self.labels, [images.shas[r] for r in split.test], images.n_classes)
+        documents = vision.examples(images, split.train)
+        for s in self.seeds:
+            labels_lib.write_predictions(self._labels_file(s), documents, self.train_logits[s])
+
+        results = {
+            "dataset": images.name, "strong": workload.shown(strong) if config.strong_model else "pretrained without labels",
+            "n_train": len(split.train), "n_test": len(split.test), "n_weak": len(split.weak), "n_classes": images.n_classes,
+            "seeds": list(self.seeds), "undecodable": len(self.prepared.bad), "undecodable_named": self.prepared.named_bad(),
+            "weak": self.compare.weak(workload.shown(config.weak_model) if config.weak_model else "trained here",
+                                      [self.test_logits[s] for s in self.seeds]),
+            "weak_train_accuracy": float(np.mean([metrics.accuracy(self.train_logits[s], images.labels[split.train]) for s in self.seeds])),
+            "methods": [], "noise": [], "l2": {}}
+        probed = time.perf_counter()
+        self._probes(features(split.train), features(split.test), results)
+        probed = time.perf_counter() - probed
+        if config.finetune:
+            self._finetuned(strong, results)
+        for s in self.seeds:
+            self._write(f"weak-s{s}", self.test_logits[s])
+        vision_report.write(epath.Path(self.run_.path) / "report", results, self._pictures(results))
+        return results | {"feature_seconds": passed, "probe_seconds": probed, "programs": len(self.stats.get("programs", ())),
+                          "n_passed": self.stats.get("documents", 0), "compile_seconds": self.stats.get("compile_seconds", 0.0)}
+
+    # ---------------------------------------------------------------- networks, labels, features
+
+    def _network(self, template: str, name: str, **keys) -> str:
+        """A network that is trained here, once; the folder of its model."""
+        base = variant(self.config[template], **{key: self.config[key] for key in DATA} | keys)
+        node = self.graph.add("runs", name, base)
+        stages.run(base, self.graph.path(node), prepared=self.prepared, rerun=self.rerun)
+        return f"{self.graph.path(node)}/model"
+
+    def _read(self, model: str, revision: str, reading: str, head: str):
+        """`rows -> float32 [rows, width]` of a model, after one pass over the images that lack it."""
+        config = self.config
+        folder = vision.resolve(model, revision)
+        own = models.read_config(folder.path)
+        if head == "own" and own.classes != self.images.n_classes:
+            raise UserError(f"{model}: gives {own.classes} classes, expected {self.images.n_classes}")
+        loader = vision.loader(config, self.images, own)
+        place = config.features or epath.Path(self.run_.path) / "features"
+        store = vision.Store(place, vision.fingerprint(model, revision), str(model), reading=reading, pixels=loader.transform.fingerprint,
+                             dtype=config.dtype, matmul_precision=config.matmul_precision)
+        rows = np.concatenate([self.prepared.split.train, self.prepared.split.test])
+        if missing := store.missing(self.images, rows):
+            say(f"{reading} of {workload.shown(model)}: {missing} of {len(rows)} images to pass")
+            loaded = vision.open_model(model, revision, config, head=head)
+            store.compute(vision.Images(config, loaded, loader, rows, reading), (0,), self.stats)
+        self.prepared, self._shown = self.prepared.without(loader, self.notes), loader
+        return lambda chosen: store.get(self.images, chosen)
+
+    def _labels_file(self, seed: int) -> str:
+        return str(epath.Path(self.run_.path) / "labels" / f"weak-s{seed}.parquet")
+
+    # ---------------------------------------------------------------- probes
+
+    def _lanes(self) -> list[softmax.Lane]:
+        """Ceilings, students of every loss, and probes on noisy truth, for every seed."""
+        config = self.config
+        truth = losses.make("xent", ground_truth=True)
+        lanes = [softmax.Lane("truth", s, truth) for s in self.seeds]
+        for loss in config.losses:
+            for s in self.seeds:
+                stats = losses.label_statistics(labels_lib.softmax(self.train_logits[s]))
+                made = losses.make(loss, config_lib.loss_args(_with_loss(config, loss)), ground_truth=False, label_stats=stats)
+                lanes.append(softmax.Lane(f"weak-s{s}", s, made))
+        return lanes + [softmax.Lane("truth", s, truth, float(level)) for level in config.noise for s in self.seeds]
+
+    def _probes(self, x: np.ndarray, x_test: np.ndarray, results: dict) -> None:
+        config, split = self.config, self.prepared.split
+        truth = self.images.labels[split.train]
+        targets = {"truth": truth} | {f"weak-s{s}": labels_lib.softmax(self.train_logits[s]) for s in self.seeds}
+        references = {"truth": self.labels} | {f"weak-s{s}": metrics.predictions(self.test_logits[s]) for s in self.seeds}
+        lanes = self._lanes()
+        say(f"{len(lanes)} probes on {x.shape[1]} features of {len(x)} images, {config.epochs} epochs")
+        trained, noisy = self._trained(softmax.Training(
+            x, targets, lanes, test=x_test, references=references, epochs=config.epochs, batch_size=config.batch_size,
+            learning_rate=config.learning_rate, weight_decay=config.weight_decay, schedule=config.schedule,
+            mesh=mesh_lib.make_mesh(config.mesh)))
+        at = {(lane.labels, lane.seed, lane.loss.name, lane.noise): i for i, lane in enumerate(lanes)}
+        ceiling = {s: at["truth", s, "xent", 0.0] for s in self.seeds}
+        for s in self.seeds:
+            self._write(f"probe_truth-s{s}", trained.logits[ceiling[s]])
+        for loss in config.losses:
+            trios = []
+            for s in self.seeds:
+                i = at[f"weak-s{s}", s, loss, 0.0]
+                curves = {"accuracy": trained.against["truth"][i].tolist(), "agreement": trained.against[f"weak-s{s}"][i].tolist(),
+                          "ceiling": trained.against["truth"][ceiling[s]].tolist()}
+                trios.append(transfer.Trio(s, self.test_logits[s], trained.logits[i], trained.logits[ceiling[s]], curves))
+                self._write(f"probe_{loss}-s{s}", trained.logits[i])
+                if self._first_student is None:
+                    self._first_student = trained.logits[i]
+            results["methods"].append(self.compare.method(f"probe {loss}", trios))
+        for level in config.noise:
+            rows = [at["truth", s, "xent", float(level)] for s in self.seeds]
+            value = self.compare.accuracy([trained.logits[i] for i in rows])
+            results["noise"].append({"level": float(level), "label_accuracy": float(np.mean([noisy[i] for i in rows])),
+                                     "accuracy": [float(trained.against["truth"][i, -1]) for i in rows], "accuracy_ci": value[1]})
+        if config.l2:
+            self._converged(x, x_test, targets, results)
+
+    def _trained(self, training: softmax.Training) -> tuple[softmax.Trained, list[float]]:
+        """The probes after all epochs, going on where an attempt that was killed left them; and how often each lane's labels are true."""
+        checkpoints = ckpt.Checkpoints(self.run_.path, keep=1)
+        place, saved = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), time.monotonic()
+        try:
+            for step in checkpoints.steps():
+                form = training.abstract()
+                try:
+                    params, rest = checkpoints.restore(step, form["params"], {key: form[key] for key in ("opt_state", "history")})
+                except UserError as error:
+                    say(f"{error}; the probes start over")
+                    continue
+                training.load(step, {"params": params, **rest})
+                say(f"probes: resumed after {step} of {training.epochs} epochs")
+                break
+            with Progress(training.work * training.epochs, start=training.work * training.done, label="probes") as bar:
+                while training.done < training.epochs:
+                    training.run_epoch(bar)
+                    if time.monotonic() - saved > SAVE_SECONDS and training.done < training.epochs:
+                        state = jax.device_put(training.state(), place)
+                        checkpoints.save(training.done, params=state["params"], meta={"epochs": training.done},
+                                         opt_state={key: state[key] for key in ("opt_state", "history")}, rng=np.zeros(1, np.uint32))
+                        checkpoints.wait()
+                        saved = time.monotonic()
+        finally:
+            checkpoints.close()
+        truth = self.images.labels[self.prepared.split.train]
+        noisy = [float(np.mean(training.targets.of(lane.labels, lane.noise, lane.seed)[0] == truth)) if lane.noise else 1.0
+                 for lane in training.lanes]
+        return training.result(), noisy
+
+    def _converged(self, x: np.ndarray, x_test: np.ndarray, targets: dict, results: dict) -> None:
+        """Probes fitted to convergence; a penalty is chosen by the loss on held-out images of the labels that are fitted."""
+        config = self.config
+        held = np.random.default_rng([config.data_seed, 0x12]).permutation(len(x))[: max(len(x) // 10, 1)]
+        fit = np.setdiff1d(np.arange(len(x)), held)
+        paths: dict = {}
+        for name, labels in targets.items():
+            key = next((k for k in paths if np.array_equal(targets[k], labels)), name)  # a published supervisor is that of every seed
+            if key not in paths:
+                say(f"probes to convergence on {name}: {len(config.l2)} penalties")
+                path = softmax_path.fit_path(x[fit], labels[fit], config.l2, classes=self.images.n_classes, heldout=(x[held], labels[held]))
+                best = min(path, key=lambda p: p.heldout_loss)
+                whole = softmax_path.fit_path(x, labels, [l2 for l2 in config.l2 if l2 >= best.l2], classes=self.images.n_classes)[-1]
+                paths[key] = (path, best.l2, whole.logits(x_test))
+            paths[name] = paths[key]
+        for name, title in (("truth", "ground truth"), (f"weak-s{self.seeds[0]}", "weak labels")):
+            path, chosen, _ = paths[name]
+            supervisor = metrics.predictions(self.test_logits[self.seeds[0]])
+            rows = []
+            for point in path:
+                predicted = metrics.predictions(point.logits(x_test))
+                rows.append({"l2": point.l2, "heldout_loss": point.heldout_loss, "accuracy": float(np.mean(predicted == self.labels)),
+                             "agreement": float(np.mean(predicted == supervisor)), "chosen": point.l2 == chosen})
+            results["l2"][title] = rows
+        trios = [transfer.Trio(s, self.test_logits[s], paths[f"weak-s{s}"][2], paths["truth"][2]) for s in self.seeds]
+        for trio in trios:
+            self._write(f"converged_xent-s{trio.seed}", trio.student)
+        self._write("converged_truth", trios[0].ceiling)
+        results["methods"].append(self.compare.method("probe converged", trios))
+
+    # ---------------------------------------------------------------- fine-tuning
+
+    def _finetuned(self, strong: str, results: dict) -> None:
+        """Students and ceilings of which all parameters are trained, by the stage vision_train."""
+        config = self.config
+
+        def trained(name: str, seed: int, loss: str, labels: str) -> np.ndarray:
+            base = variant(config.student_train, **{key: config[key] for key in DATA}, seed=seed, loss=loss, model=strong, labels=labels,
+                           revision=config.strong_revision)
+            with base.unlocked(), base.ignore_type():
+                base.loss_args.update({k: v for k, v in config.loss_args.items() if labels and k in config_lib.LOSS_ARGS[loss]})
+            node = self.graph.add("runs", f"{name}-s{seed}", base, (self._labels_file(seed),) if labels else ())
+            stages.run(base, self.graph.path(node), prepared=self.prepared, rerun=self.rerun)
+            found = runlog.load(self.graph.path(node)).predictions("test")
+            at = {ident: row for row, ident in enumerate(found["id"])}
+            return np.stack(found["logits"].to_numpy())[[at[self.images.ids[r]] for r in self.prepared.split.test]]
+
+        ceiling = {s: trained("ceiling", s, "xent", "") for s in self.seeds}
+        for loss in config.losses:
+            trios = [transfer.Trio(s, self.test_logits[s], trained(f"student-{loss}", s, loss, self._labels_file(s)), ceiling[s])
+                     for s in self.seeds]
+            results["methods"].append(self.compare.method(f"fine-tuned {loss}", trios))
+
+    # ---------------------------------------------------------------- files
+
+    def _write(self, name: str, logits: np.ndarray) -> None:
+        """predictions/<name>.parquet of the test images."""
+        if self.config.predictions:
+            workload.write_predictions(self.run_, name, vision.examples(self.images, self.prepared.split.test), logits)
+
+    def _pictures(self, results: dict) -> list[gallery.Picture]:
+        """Test images for the report, of the first seed and method, in turns: the student right where the supervisor is wrong, the other
+        way round, both wrong, both right."""
+        config, seed = self.config, self.seeds[0]
+        if not config.pictures:
+            return []
+        weak, student = (labels_lib.softmax(logits) for logits in (self.test_logits[seed], self._first_student))
+        right = [metrics.predictions(p) == self.labels for p in (weak, student)]
+        kinds = [np.flatnonzero(rows) for rows in (~right[0] & right[1], right[0] & ~right[1], ~right[0] & ~right[1], right[0] & right[1])]
+        order = [rows[i] for i in range(max(map(len, kinds))) for rows in kinds if i < len(rows)][: min(config.pictures, gallery.MOST)]
+        rows = self.prepared.split.test[order]
+        pixels = self._shown.pixels(rows)
+        titles = self.images.titles
+        return [gallery.Picture(image, titles[self.labels[i]], titles[w], float(weak[i, w]), titles[s], float(student[i, s]))
+                for image, i, w, s in zip(pixels, order, weak[order].argmax(1), student[order].argmax(1))]
