@@ -21,7 +21,8 @@ def logits(rng, labels, accuracy: float, classes: int, like: np.ndarray | None =
     return out
 
 
-def made(methods=("probe xent", "probe adaptconf", "finetune xent"), seeds=(0, 1, 2), n=800, classes=10, strong=0.85, replicates=200) -> dict:
+def made(methods=("probe xent", "probe adaptconf", "finetune xent"), seeds=(0, 1, 2), n=800, classes=10, strong=0.85,
+         replicates=200) -> dict:
     """The dict that `write` takes, as the stage makes it, from predictions of about these qualities."""
     rng = np.random.default_rng(0)
     labels = rng.integers(classes, size=n)
@@ -49,7 +50,8 @@ def made(methods=("probe xent", "probe adaptconf", "finetune xent"), seeds=(0, 1
     noise = []
     for level in (0.0, 0.2, 0.4, 0.6, 0.8):
         accuracy = [0.86 - 0.12 * level**3 - 0.005 * s for s in range(len(seeds))]
-        noise.append({"level": level, "label_accuracy": 1 - level, "accuracy": accuracy, "accuracy_ci": [min(accuracy) - 0.02, max(accuracy) + 0.02]})
+        noise.append({"level": level, "label_accuracy": 1 - level, "accuracy": accuracy,
+                      "accuracy_ci": [min(accuracy) - 0.02, max(accuracy) + 0.02]})  # fmt: skip
     paths = {}
     for name, shift in (("weak labels", 0.4), ("ground truth", 0.0)):
         penalties = [10.0**e for e in range(-1, -7, -1)]
@@ -78,7 +80,8 @@ def test_what_is_written(tmp_path):
         "report.md", "images.png", *(f"{f}.csv" for f in vision_report.FRAMES),
         *(f"{p}.{kind}" for p in vision_report.PLOTS for kind in ("png", "svg"))}  # fmt: skip
     text = (tmp_path / "report.md").read_text()
-    for heading in ("Accuracy", "Top-5 accuracy", "Agreement with the supervisor", "By epoch", "Label noise", "L2 penalty", "Images", "By seed"):
+    for heading in ("Accuracy", "Top-5 accuracy", "Agreement with the supervisor", "By epoch", "Label noise", "L2 penalty", "Images",
+                    "By seed"):
         assert f"\n## {heading}\n" in text
     for line in text.split("\n"):
         if line.startswith("!["):
@@ -130,14 +133,13 @@ def test_the_same_bytes_every_time(tmp_path):
     assert first == {p.name: p.read_bytes() for p in vision_report.write(tmp_path / "b", results, drawn(3))}
 
 
-@pytest.mark.parametrize("shape, size", [((8, 8), 192), ((28, 28), 196), ((32, 32), 192), ((64, 64), 192), ((200, 100), 200), ((224, 224), 224)])
+@pytest.mark.parametrize("shape, size", [((8, 8), 192), ((28, 28), 196), ((32, 32), 192), ((64, 64), 192), ((200, 100), 200),
+                                         ((224, 224), 224)])
 def test_small_images_are_scaled_up_by_whole_numbers(shape, size):
     image = np.random.default_rng(0).integers(256, size=(*shape, 3), dtype=np.uint8)
     sheet = np.asarray(Image.open(io.BytesIO(gallery.draw([Picture(image, "a", "a", 1.0, "b", 0.5)]))).convert("RGB"))
     times = size // max(shape)
-    left = gallery.MARGIN + (max(size, gallery.SIDE) - shape[1] * times) // 2
-    top = gallery.MARGIN
-    block = sheet[top:top + shape[0] * times, left:left + shape[1] * times]
+    block = sheet[gallery.MARGIN:gallery.MARGIN + shape[0] * times, gallery.MARGIN:gallery.MARGIN + shape[1] * times]
     assert np.array_equal(block, image.repeat(times, 0).repeat(times, 1))
 
 

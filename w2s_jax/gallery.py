@@ -65,13 +65,13 @@ def draw(pictures: Sequence[Picture]) -> bytes:
         """`y`: pixels from the top to the line's baseline."""
         figure.text(x / total[0], 1 - y / total[1], text, color=colour, fontproperties=font, va="baseline", ha="left")
 
-    legend = f"{TICK} right   {CROSS} wrong   The number is the probability that the model gives to its answer."
+    legend = f"{TICK} right   {CROSS} wrong   In brackets: the probability that the model gives to its answer."
     top = MARGIN
     for row, tall, lines in zip(rows, tallest, heights):
         for column, i in enumerate(row):
             left = MARGIN + column * (cell + GAP)
             tile = tiles[i]
-            figure.figimage(tile, left + (cell - tile.shape[1]) // 2, total[1] - top - tall + (tall - tile.shape[0]) // 2)
+            figure.figimage(tile, left, total[1] - top - tall)
             y = top + tall + 8
             for part, (name, count) in enumerate(zip(("true", "weak", "student"), lines)):
                 colour = PLAIN
@@ -106,8 +106,8 @@ def _scaled(image: np.ndarray) -> np.ndarray:
 
 def _texts(picture: Picture, marked: Callable[[str], bool], free: Callable[[str], bool]) -> list[list[str]]:
     """The lines of the three labels; `marked` and `free` say whether a line is short enough beside a mark, or without one."""
-    return [fit(picture.true, "", free), fit(picture.weak, number(picture.weak_p, 2), marked),
-            fit(picture.student, number(picture.student_p, 2), marked)]
+    return [fit(picture.true, "", free), fit(picture.weak, f"({number(picture.weak_p, 2)})", marked),
+            fit(picture.student, f"({number(picture.student_p, 2)})", marked)]
 
 
 def fit(name: str, suffix: str, short: Callable[[str], bool]) -> list[str]:

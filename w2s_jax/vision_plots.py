@@ -70,7 +70,7 @@ def epochs(methods: Sequence[dict], weak: float) -> dict[str, bytes]:
     styles = styles_of([m["method"] for m in methods])
     figure = Figure(figsize=(10.4, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    handles = [_solid(styles[m["method"]], f"student, {m['method']}") for m in methods]
+    handles = [_line(styles[m["method"]], f"student, {m['method']}") for m in methods]
     drawn: list = []
     for m in methods:
         style = styles[m["method"]]
@@ -81,8 +81,8 @@ def epochs(methods: Sequence[dict], weak: float) -> dict[str, bytes]:
             drawn.append(ceiling)
             shared = all(other["epochs"]["ceiling"] in (None, [], ceiling) for other in methods)
             colour = CEILING[0] if shared else style[0]
-            _by_epoch(left, ceiling, (colour, CEILING[1]), "--")
-            handles.append(_dashed((colour, CEILING[1]), "ceiling" if shared else f"ceiling, {m['method']}"))
+            _by_epoch(left, ceiling, (colour, "none"), "--")
+            handles.append(_line((colour, "none"), "ceiling" if shared else f"ceiling, {m['method']}", "--"))
     left.axhline(weak, color=WEAK[0], linestyle=":", linewidth=1.6, zorder=1)
     handles.append(legend_guide(":", "weak"))
     plain_axis(left, "Accuracy on the test set", "epoch", "accuracy")
@@ -108,13 +108,13 @@ def noise(levels: Sequence[dict]) -> dict[str, bytes]:
     for r in levels:
         if r["accuracy_ci"]:
             axis.plot([r["level"]] * 2, r["accuracy_ci"], color=style[0], linewidth=1.6, marker="_", markersize=7, zorder=3)
-        if len(r["accuracy"]) > 1:
-            axis.plot([r["level"]] * len(r["accuracy"]), r["accuracy"], color=style[0], alpha=0.45, marker="x", markersize=4,
-                      linestyle="none", zorder=3)
-    axis.set_ylim(bottom=max(0.0, min(*means, *(r["label_accuracy"] for r in levels)) - 0.05), top=1.0)
+        if len(r["accuracy"]) > 1:  # beside their mean, which would cover them
+            axis.plot([r["level"] + (x[-1] - x[0] or 1) / 50] * len(r["accuracy"]), r["accuracy"], color=style[0], alpha=0.6, marker="x",
+                      markersize=4, linestyle="none", zorder=3)
+    axis.set_ylim(bottom=max(0.0, min(*means, *(r["label_accuracy"] for r in levels)) - 0.05), top=1.02)
     plain_axis(axis, "Accuracy against label noise", "share of the labels that were replaced by another class", "accuracy on the test set")
     seeds = max(len(r["accuracy"]) for r in levels)
-    handles = [_solid(style, "mean over the seeds, 95% interval" if seeds > 1 else "student, 95% interval"),
+    handles = [_line(style, "mean over the seeds, 95% interval" if seeds > 1 else "student, 95% interval"),
                *([legend_line((style[0], "x"), "one seed", line=False)] if seeds > 1 else []),
                legend_guide("--", "accuracy of the labels: the student only copies")]
     return render(figure, handles)
@@ -136,7 +136,7 @@ def l2(paths: dict[str, Sequence[dict]]) -> dict[str, bytes]:
     for name, path in paths.items():
         style = next(colours)
         path = sorted(path, key=lambda r: r["l2"])
-        handles.append(_solid(style, name))
+        handles.append(_line(style, name))
         for axis, (key, *_) in zip(axes, panels):
             points = [(r["l2"] or zero, r[key], r["chosen"]) for r in path if r.get(key) is not None]
             axis.plot([x for x, *_ in points], [y for _, y, _ in points], color=style[0], marker=style[1], markersize=4.5, linewidth=1.6,
@@ -165,11 +165,7 @@ def _by_epoch(axis, values: Sequence[Sequence[float]], style: tuple[str, str], l
               markeredgecolor="white", markeredgewidth=0.4, markevery=max(1, shortest // 10), zorder=3)
 
 
-def _solid(style: tuple[str, str], label: str, line: str = "-"):
+def _line(style: tuple[str, str], label: str, line: str = "-"):
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=style[0], marker=style[1], markersize=5.5, linewidth=1.6, linestyle=line, label=label)
-
-
-def _dashed(style: tuple[str, str], label: str):
-    return _solid(style, label, "--")

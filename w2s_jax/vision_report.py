@@ -34,8 +34,7 @@ NOISE_NOTE = """Trained on labels of which a share was replaced by another class
 than its labels; the weak model's errors are not drawn evenly, and are harder to see through than these."""
 L2_NOTE = """Solved to convergence at each penalty. The penalty is chosen by the loss on held-out labels of the kind that is trained on: for
 the student no ground truth takes part. Agreement is with the weak model on the test images."""
-SHEET_NOTE = """What the images are, what the weak model said and what its student said; the numbers are the probabilities of these
-answers."""
+SHEET_NOTE = """What the images are, what the weak model said and what its student said, with the probabilities of these answers."""
 
 
 def write(folder, results: dict, pictures: Sequence[Picture] = ()) -> list[epath.Path]:
@@ -174,8 +173,8 @@ def _warnings(methods: Sequence[dict]) -> list[str]:
             if row is None or row["gap_clear"]:
                 continue
             why = "no gap: the ceiling is not above the weak model" if row["pgr"] is None else "gap too small for this many test images"
-            lines.append(f"{m['method']}, {measure}: {why} ({with_interval(row['gap'], row['gap_ci'])}); "
-                         f"its PGR {'is undefined' if row['pgr'] is None else 'means little'}.")
+            then = "undefined" if row["pgr"] is None else "withheld" if row["pgr_ci"] is None else "next to meaningless"
+            lines.append(f"{m['method']}, {measure}: {why} ({with_interval(row['gap'], row['gap_ci'])}); its PGR is {then}.")
     return lines
 
 
