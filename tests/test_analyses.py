@@ -298,6 +298,6 @@ def test_an_unknown_table_is_named(tmp_path):
 def test_a_method_keeps_its_colour_and_marker():
     many = ["xent", "logconf", "xent s2s 1", "xent s2s 2", "xent bootstrap", "probe logistic", "probe knn", "xent filter knn",
             "xent filter knn random", "xent relabel topofilter", "zero-shot", "few-shot", "logconf (oracle)", "my own method"]
-    styles = plots._styles(many)
+    styles = plots.styles_of(many)
     assert len(set(styles.values())) == len(many)
-    assert all(plots._styles([m])[m] == styles[m] for m in many) and plots._styles(many[::-1]) == styles
+    assert all(plots.styles_of([m])[m] == styles[m] for m in many) and plots.styles_of(many[::-1]) == styles

@@ -42,22 +42,27 @@ def dumps(value, **options) -> str:
     return json.dumps(plain(value), ensure_ascii=False, allow_nan=False, **options)
 
 
-def write_text(path, text: str) -> None:
+def write_bytes(path, content: bytes) -> None:
     """Writes a file so that a reader, or a process killed in between, sees the old content or the new, never a part."""
     path = epath.Path(path)
     if is_object_store(path):
-        path.write_text(text)
+        path.write_bytes(content)
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path, value) -> None:

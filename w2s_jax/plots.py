@@ -33,23 +33,23 @@ def quality(rows: Sequence[dict]) -> dict[str, bytes]:
     `rows`: of a Comparison, all of one metric. The dotted line is what needs no model: the majority class, or chance for AUROC.
     """
     metric, methods = rows[0]["metric"], _methods(rows)
-    styles = _styles(methods)
+    styles = styles_of(methods)
     blocks, height = _blocks(rows), len(methods) + 3  # weak, students, ceiling, a free line
     figure, axes = _canvas(blocks, height, columns=1)
     for (task, pairs), (axis,) in zip(blocks.items(), axes, strict=True):
         for top, found in zip(range(0, height * len(pairs), height), pairs.values(), strict=True):
             ends = max(found.values(), key=lambda r: len(r["seeds"]))  # methods may lack seeds; the ends then show the most complete
-            _dot(axis, ends["weak"], ends["weak_ci"], top, WEAK)
+            draw_dot(axis, ends["weak"], ends["weak_ci"], top, WEAK)
             for line, method in enumerate(methods, top + 1):
                 if method in found:
-                    _dot(axis, found[method]["student"], found[method]["student_ci"], line, styles[method])
-            _dot(axis, ends["ceiling"], ends["ceiling_ci"], top + height - 2, CEILING)
+                    draw_dot(axis, found[method]["student"], found[method]["student_ci"], line, styles[method])
+            draw_dot(axis, ends["ceiling"], ends["ceiling_ci"], top + height - 2, CEILING)
         baseline = ends["majority_baseline"] if metric == "accuracy" else 0.5
         axis.axvline(baseline, color="0.5", linestyle=":", linewidth=1.2, zorder=1)
         _finish(axis, task, list(pairs), height, f"{TITLES[metric]} on the test set")
-    handles = [_handle(WEAK, "weak"), *(_handle(styles[x], f"student, {x}") for x in methods), _handle(CEILING, "ceiling"),
-               _guide(":", "majority class" if metric == "accuracy" else "chance")]
-    return _render(figure, handles)
+    handles = [legend_line(WEAK, "weak"), *(legend_line(styles[x], f"student, {x}") for x in methods), legend_line(CEILING, "ceiling"),
+               legend_guide(":", "majority class" if metric == "accuracy" else "chance")]
+    return render(figure, handles)
 
 
 def pgr(rows: Sequence[dict]) -> dict[str, bytes]:
@@ -58,7 +58,7 @@ def pgr(rows: Sequence[dict]) -> dict[str, bytes]:
     Hollow: the gap's interval includes 0. Where PGR is undefined or withheld (`metrics.pgr`), the line says so instead.
     """
     metrics, methods = [m for m in TITLES if any(r["metric"] == m for r in rows)], _methods(rows)
-    styles = _styles(methods)
+    styles = styles_of(methods)
     blocks, height = _blocks(rows), max(len(methods), 2) + 1
     figure, axes = _canvas(blocks, height, columns=len(metrics))
     for (task, pairs), row_of_axes in zip(blocks.items(), axes, strict=True):
@@ -67,7 +67,7 @@ def pgr(rows: Sequence[dict]) -> dict[str, bytes]:
             if not here:  # a task without AUROC
                 axis.set_axis_off()
                 continue
-            low, high = _range(here)
+            low, high = pgr_range(here)
             labels = []
             for index, name in enumerate(pairs):
                 found = {r["method"]: r for r in here if _name(r) == name}
@@ -76,16 +76,16 @@ def pgr(rows: Sequence[dict]) -> dict[str, bytes]:
                 labels.append(f"{name}\ngap {number(ends['gap'])}" + (f" [{number(ci[0])}, {number(ci[1])}]" if ci else ""))
                 for line, method in enumerate(methods, index * height):
                     if method in found:
-                        _pgr_dot(axis, found[method], line, styles[method], low, high)
+                        draw_pgr(axis, found[method], line, styles[method], low, high)
             axis.axvline(0, color="0.55", linewidth=1.2, zorder=1)
             axis.axvline(1, color="0.55", linewidth=1.2, linestyle="--", zorder=1)
             axis.set_xlim(low, high)
             axis.locator_params(axis="x", nbins=6)
             _finish(axis, task, labels, height, f"PGR by {'AUROC' if metric == 'auroc' else metric}")
-    handles = [*(_handle(styles[x], x) for x in methods), _guide("-", "weak"), _guide("--", "ceiling")]
+    handles = [*(legend_line(styles[x], x) for x in methods), legend_guide("-", "weak"), legend_guide("--", "ceiling")]
     if any(r["pgr_ci"] and not r["gap_clear"] for r in rows):
-        handles.insert(len(methods), _handle(("black", "o"), "hollow: gap's interval includes 0", hollow=True))
-    return _render(figure, handles)
+        handles.insert(len(methods), legend_line(("black", "o"), "hollow: gap's interval includes 0", hollow=True))
+    return render(figure, handles)
 
 
 def misfit(rows: Sequence[dict]) -> dict[str, bytes]:
@@ -96,7 +96,7 @@ def misfit(rows: Sequence[dict]) -> dict[str, bytes]:
     from matplotlib.figure import Figure
 
     methods = _methods(rows)
-    styles = _styles(methods)
+    styles = styles_of(methods)
     figure = Figure(figsize=(10.4, 5.2), layout="constrained")
     panels = (("misfit_squared", "gain_squared", "Squared error", "misfit: squared difference to the weak model", "Brier score"),
               ("misfit_kl", "gain_xent", "Cross-entropy", "misfit: KL(student || weak), nats", "cross-entropy, nats"))
@@ -112,9 +112,9 @@ def misfit(rows: Sequence[dict]) -> dict[str, bytes]:
         axis.plot((0, high), (0, high), color="0.55", linestyle="--", linewidth=1.2, zorder=1)
         axis.axhline(0, color="0.55", linewidth=1.2, zorder=1)
         axis.set_xlim(left=0)
-        _plain(axis, title, xlabel, f"gain over the weak model: {loss}")
-    handles = [*(_handle(styles[x], x, line=False) for x in methods), _guide("--", "gain = misfit"), _guide("-", "no gain")]
-    return _render(figure, handles)
+        plain_axis(axis, title, xlabel, f"gain over the weak model: {loss}")
+    handles = [*(legend_line(styles[x], x, line=False) for x in methods), legend_guide("--", "gain = misfit"), legend_guide("-", "no gain")]
+    return render(figure, handles)
 
 
 def reliability(rows: Sequence[dict]) -> dict[str, bytes]:
@@ -126,7 +126,7 @@ def reliability(rows: Sequence[dict]) -> dict[str, bytes]:
 
     names = [n for n in ("weak", "weak labels") if any(r["series"] == n for r in rows)]
     methods = [n for n in dict.fromkeys(r["series"] for r in rows) if n not in ("weak", "weak labels", "ceiling")]
-    styles = {**_styles(methods), "weak": WEAK, "weak labels": WEAK, "ceiling": CEILING}
+    styles = {**styles_of(methods), "weak": WEAK, "weak labels": WEAK, "ceiling": CEILING}
     names += [*methods, "ceiling"]
     across = min(4, len(names))
     down = math.ceil(len(names) / across)
@@ -152,17 +152,18 @@ def reliability(rows: Sequence[dict]) -> dict[str, bytes]:
                      marker=marker, edgecolors="white", linewidths=0.4, zorder=4)
         axis.set_xlim(left, 1.02)
         axis.set_ylim(min(left, *(r["accuracy"] for r in rows)) - 0.02, 1.03)
-        _plain(axis, name, "", "accuracy" if axis in axes[::across] else "")
+        plain_axis(axis, name, "", "accuracy" if axis in axes[::across] else "")
     for axis in axes[len(names):]:
         axis.set_axis_off()
     for axis in axes[max(0, len(names) - across):len(names)]:  # the lowest of each column
         axis.tick_params(labelbottom=True)
     for axis in axes[(down - 1) * across:len(names)]:
         axis.set_xlabel("confidence", fontsize=9)
-    return _render(figure, [_guide("--", "calibrated: confidence = accuracy")])
+    return render(figure, [legend_guide("--", "calibrated: confidence = accuracy")])
 
 
-def _plain(axis, title: str, xlabel: str, ylabel: str) -> None:
+def plain_axis(axis, title: str, xlabel: str, ylabel: str) -> None:
+    """An axis of two scales: a light grid, no frame, title flush left."""
     axis.tick_params(labelsize=8.5)
     axis.grid(color="0.93", linewidth=0.8)
     axis.set_axisbelow(True)
@@ -172,21 +173,23 @@ def _plain(axis, title: str, xlabel: str, ylabel: str) -> None:
     axis.set_ylabel(ylabel, fontsize=9)
 
 
-def _pgr_dot(axis, row: dict, line: int, style: tuple[str, str], low: float, high: float) -> None:
+def draw_pgr(axis, row: dict, line: int, style: tuple[str, str], low: float, high: float) -> None:
+    """PGR of a row of `metrics.pgr` (with `method`) at height `line`, or why it has none; `low`, `high`: the axis's limits."""
     if row["pgr_ci"] is None:
         text = "undefined, no gap" if row["pgr"] is None else f"withheld, no gap in {100 * row['undefined']:.0f}%"
         axis.text(0.01, line, f"{row['method']}: {text}", color="0.25", fontsize=7, va="center", transform=axis.get_yaxis_transform(),
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, zorder=2)
         return
     inside = min(max(row["pgr"], low), high)
-    _dot(axis, inside, row["pgr_ci"], line, style, hollow=not row["gap_clear"], centre=row["pgr"])
+    draw_dot(axis, inside, row["pgr_ci"], line, style, hollow=not row["gap_clear"], centre=row["pgr"])
     if inside != row["pgr"]:
         right = inside == high
         axis.annotate(number(row["pgr"], 1), (inside, line), (-4 if right else 4, 1.5), textcoords="offset points", fontsize=7,
                       va="bottom", ha="right" if right else "left")
 
 
-def _dot(axis, value: float, ci, line: float, style: tuple[str, str], hollow: bool = False, centre: float | None = None) -> None:
+def draw_dot(axis, value: float, ci, line: float, style: tuple[str, str], hollow: bool = False, centre: float | None = None) -> None:
+    """A value at height `line`, with its interval where it has one; `centre`: the value itself where `value` is the panel's edge."""
     colour, marker = style
     if ci:
         axis.plot(ci, (line, line), color=colour, linewidth=1.6, solid_capstyle="butt", marker="|", markersize=6, zorder=2)
@@ -213,7 +216,7 @@ def _methods(rows: Sequence[dict]) -> list[str]:
     return list(dict.fromkeys(r["method"] for r in rows))
 
 
-def _styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+def styles_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """A colour and a marker for each method, by its name, so that it looks the same in every report.
 
     Losses and the usual other methods have places of their own; others get one by a hash of their name, the next free one
@@ -276,26 +279,29 @@ def _finish(axis, title: str, labels: list[str], height: int, xlabel: str) -> No
     axis.set_xlabel(xlabel, fontsize=9)
 
 
-def _range(rows: Sequence[dict]) -> tuple[float, float]:
+def pgr_range(rows: Sequence[dict]) -> tuple[float, float]:
     """Limits of a PGR axis: 0, 1 and every interval, as far as EDGES go."""
     values = [x for r in rows if r["pgr_ci"] for x in (r["pgr"], *r["pgr_ci"])]
     return max(EDGES[0], min([0.0, *values]) - 0.1), min(EDGES[1], max([1.0, *values]) + 0.1)
 
 
-def _handle(style: tuple[str, str], label: str, hollow: bool = False, line: bool = True):
+def legend_line(style: tuple[str, str], label: str, hollow: bool = False, line: bool = True):
+    """A legend's entry for a style of `styles_of`, with or without its line."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=style[0], marker=style[1], markersize=5.5, linewidth=0 if hollow or not line else 1.6, label=label,
                   markerfacecolor="white" if hollow else style[0])
 
 
-def _guide(line: str, label: str):
+def legend_guide(line: str, label: str):
+    """A legend's entry for a grey line."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color="0.55", linestyle=line, linewidth=1.2, label=label)
 
 
-def _render(figure, handles: list) -> dict[str, bytes]:
+def render(figure, handles: list) -> dict[str, bytes]:
+    """{"png": bytes, "svg": bytes} of a figure with its legend below: the same bytes every time."""
     import matplotlib
 
     per_row = max(2, int(figure.get_figwidth() / (0.45 + 0.06 * max(len(h.get_label()) for h in handles))))
