@@ -52,9 +52,12 @@ class _Tfds(Source):
 
     def _record(self, key) -> dict:
         try:
-            return self.records[key]
+            record = self.records[key]
         except Exception as error:  # the reader's own errors, of a damaged file
             raise OSError(f"row {key}: {' '.join(str(error).split())[:200]}") from error
+        if record.get(self.image) is None or record.get(self.label) is None:  # of a file cut short
+            raise OSError(f"row {key} is empty; the files are damaged")
+        return record
 
     def read(self, key) -> bytes:
         return bytes(self._record(key)[self.image])
