@@ -86,6 +86,8 @@ def test_given_classes_fix_names_and_order(tmp_path, given):
     folder = str(write_folder(tmp_path / "set", classes(THREE)))
     images = open_images(folder, classes=text)
     assert images.class_names == tuple(names) and sorted(set(images.labels.tolist())) == [0, 2, 3] and images.ids[0] == "eel/000.png"
+    one = open_images(str(write_folder(tmp_path / "one", classes({"dog": 2}, "top/"))), classes=text)
+    assert one.labels.tolist() == [2, 2]
     with pytest.raises(UserError, match="class folder 'dog' .2 images. is not among the 2 classes of classes="):
         open_images(folder, classes="eel,cat")
 
@@ -125,9 +127,12 @@ def test_metadata_beside_the_images(tmp_path, form, labels, names):
         assert open_images(str(tmp_path / "set"), classes="x,y,z").class_names == ("x", "y", "z")
 
 
-def test_flat_images(tmp_path):
-    named = {f"n0000000{i}_thing.JPEG": encoded(i, "JPEG") for i in (2, 1)}
+@pytest.mark.parametrize("top", ["", "top/"])
+def test_flat_images(tmp_path, top):
+    named = {f"{top}n0000000{i}_thing.JPEG": encoded(i, "JPEG") for i in (2, 1)}
     assert open_images(str(write_folder(tmp_path / "a", named))).class_names == ("n00000001", "n00000002")
+    beside = {f"{top}{i}.png": encoded(i) for i in range(2)} | {f"{top}metadata.csv": "file_name,label\n0.png,x\n1.png,y\n"}
+    assert open_images(str(write_folder(tmp_path / "c", beside))).class_names == ("x", "y")
     bare = open_images(str(write_folder(tmp_path / "b", {"x.png": encoded()})))
     assert bare.labels.tolist() == [-1] and "no label" in bare.notes[0]
 
@@ -182,6 +187,8 @@ JPG = {f"{i}.png": encoded(i) for i in range(2)}
     (JPG | {"metadata.csv": "file_name,label\n0.png,x\n1.png,y\n2.png,y\n"}, {}, "1 of 3 files are not there: 2.png"),
     (JPG | {"metadata.csv": "file_name,label\n0.png,x\n0.png,y\n1.png,y\n"}, {}, "'0.png' has two labels, 'x' and 'y'"),
     (JPG | {"metadata.csv": "file_name,label\n0.png,0\n1.png,7\n"}, {"classes": "x,y"}, "label 7, expected 0 to 1"),
+    (JPG | {"metadata.csv": "file_name,label\n0.png,0\n1.png,123456789\n"}, {}, "label 123456789, expected 0 to 99999"),
+    ({os.fsdecode(b"\xff.png"): encoded()}, {}, "file name '.udcff.png' is not UTF-8"),
     (JPG | {"metadata.csv": "a,b\n", "metadata.jsonl": "{}"}, {}, "metadata.csv and metadata.jsonl are both there"),
     (JPG | {"val_annotations.txt": "0.png n01\n"}, {}, "val_annotations.txt, row 1: '0.png n01', expected file TAB wnid"),
     (JPG | {"val_annotations.txt": "0.png\tn01\n1.png\tn02", "wnids.txt": "n01\nn03"}, {},
