@@ -21,8 +21,8 @@ def open_images(dataset: str, *, data_dir: str = "", split: str = "", classes: s
     """The images of `dataset`, with labels; nothing is decoded.
 
     Args:
-      dataset: "digits"; a folder or plain tar of images (see `folders`); "imagenet", the validation tar and its kit in `data_dir`;
-        "tfds:NAME[/CONFIG][:VERSION]" under `data_dir`; "hf:ID[/CONFIG]" or "hf:/folder".
+      dataset: "digits"; a folder or plain tar of images (see `folders`; ./imagenet, where its name is one of these); "imagenet", the
+        validation tar and its kit in `data_dir`; "tfds:NAME[/CONFIG][:VERSION]" under `data_dir`; "hf:ID[/CONFIG]" or "hf:/folder".
       data_dir: for imagenet and tfds.
       split: for folders with split folders, tfds and hf; "" = the only one.
       classes: for folders: a file or a comma list of class names, in the order of the labels.

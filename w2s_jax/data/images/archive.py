@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import weakref
 from pathlib import Path, PurePosixPath
 
 from w2s_jax.data.images.imageset import Source
@@ -27,10 +28,11 @@ class TarSource(Source):
             unpack = "gunzip -k" if self.path.name.lower().endswith((".gz", ".tgz")) else "unpack it:"
             raise UserError(f"{self.path}: packed; images are read in place, from a plain .tar or a folder: {unpack} {self.path}")
         try:
-            self._file = open(self.path, "rb")  # read by offset for as long as the set lives
+            self._file = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"{self.path}: can't be read ({error.strerror})") from None
-        stat = os.fstat(self._file.fileno())
+        weakref.finalize(self, os.close, self._file)  # read by offset for as long as the set lives
+        stat = os.fstat(self._file)
         self.home = f"{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
         self.files = self._index()
 
@@ -55,7 +57,7 @@ class TarSource(Source):
         except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
             raise UserError(f"{self.path}: no tar, or cut short or damaged ({error})") from None
         # tarfile takes a damaged header for the end: a real end is a block of zeros.
-        if os.pread(self._file.fileno(), BLOCK, end) != bytes(BLOCK):
+        if os.pread(self._file, BLOCK, end) != bytes(BLOCK):
             raise UserError(f"{self.path}: damaged or cut short: neither a member nor the end mark of a tar at byte {end:,}")
         return found
 
@@ -63,7 +65,7 @@ class TarSource(Source):
         offset, size, _ = key
         parts, left = [], size
         while left:  # a single call reads 2 GiB at most
-            part = os.pread(self._file.fileno(), left, offset + size - left)
+            part = os.pread(self._file, left, offset + size - left)
             if not part:
                 raise OSError(f"{self.path} has become shorter")
             parts.append(part)

@@ -27,6 +27,7 @@ SPLITS = ("train", "val", "valid", "validation", "test")
 METADATA = ("metadata.csv", "metadata.jsonl")
 ANNOTATIONS, WNIDS = "val_annotations.txt", "wnids.txt"
 WNID = re.compile(r"n\d{8}(?=_)")
+MOST = 100_000  # classes that are known by number only
 SHOWN = 5  # names in a message
 
 
@@ -49,6 +50,14 @@ def open_folder(path: str, *, split: str = "", classes: str = "") -> ImageSet:
     return _Layout(str(path), source, classes).image_set(split)
 
 
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def listed(names) -> str:
     """The first few of some names, for a message."""
     names = sorted(names)
@@ -67,8 +76,10 @@ class _Layout:
         self.images = [path for path in seen if path.lower().endswith(SUFFIXES)]
         if not self.images:
             raise UserError(f"{name}: no images among {len(self.keys)} files; expected files that end in {', '.join(SUFFIXES)}")
-        self.root = self._root()
+        if odd := next((path for path in seen if not _is_text(path)), None):
+            raise UserError(f"{name}: the file name {ascii(odd)} is not UTF-8")
         self.aside = {path for path in seen if PurePosixPath(path).name in (*METADATA, ANNOTATIONS, WNIDS)}
+        self.root = self._root()
         self.others = [path for path in self.keys if path in hidden or not (path in self.aside or path.lower().endswith(SUFFIXES))]
 
     def image_set(self, split: str) -> ImageSet:
@@ -93,12 +104,15 @@ class _Layout:
     def _root(self) -> str:
         """The folder, with a slash at its end, that all images share and that is neither a split's nor a class's."""
         first = {path.split("/")[0] for path in self.images}
-        if len(first) == 1 and not first & set(SPLITS) and all(path.count("/") > 1 for path in self.images):
-            [top] = first
-            inner = {path.split("/")[1] for path in self.images}
-            if top != "images" and not (self.given and top in self.given) and (len(inner) > 1 or inner & set(SPLITS)):
-                return f"{top}/"
-        return ""
+        top = next(iter(first))
+        if len(first) > 1 or top in (*SPLITS, "images", *(self.given or ())) or any("/" not in path for path in self.images):
+            return ""
+        inner = {path.split("/")[1] for path in self.images}
+        if all(path.count("/") == 1 for path in self.images):  # the top folder is a class, unless labels come from elsewhere
+            strip = any(path.startswith(f"{top}/") for path in self.aside) or all(WNID.match(name) for name in inner)
+        else:
+            strip = len(inner) > 1 or inner & {*SPLITS, *(self.given or ())}
+        return f"{top}/" if strip else ""
 
     def _below(self, folder: str) -> list[str]:
         return [path for path in self.images if path.startswith(folder)]
@@ -217,11 +231,12 @@ class _Layout:
 
     def _numbered(self, label: int, path: str, number: int) -> str:
         """A numeric label as a class name: `classes` gives it one, unless numbers are the names."""
-        if not self.given or str(label) in self.given:
+        if self.given and str(label) in self.given:
             return str(label)
-        if not 0 <= label < len(self.given):
-            raise UserError(f"{path}, row {number}: label {label}, expected 0 to {len(self.given) - 1} (classes={self.classes!r})")
-        return self.given[label]
+        if not 0 <= label < (len(self.given) if self.given else MOST):
+            last = f"{len(self.given) - 1} (classes={self.classes!r})" if self.given else MOST - 1
+            raise UserError(f"{path}, row {number}: label {label}, expected 0 to {last}")
+        return self.given[label] if self.given else str(label)
 
     def _match(self, path: str, rows: dict[str, str], chosen) -> list[str]:
         folder = os.path.commonprefix([path, *chosen]).rpartition("/")[0]

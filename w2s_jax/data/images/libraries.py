@@ -52,9 +52,12 @@ class _Tfds(Source):
 
     def _record(self, key) -> dict:
         try:
-            return self.records[key]
+            record = self.records[key]
         except Exception as error:  # the reader's own errors, of a damaged file
             raise OSError(f"row {key}: {' '.join(str(error).split())[:200]}") from error
+        if record.get(self.image) is None or record.get(self.label) is None:  # of a file cut short
+            raise OSError(f"row {key} is empty; the files are damaged")
+        return record
 
     def read(self, key) -> bytes:
         return bytes(self._record(key)[self.image])
@@ -90,7 +93,7 @@ def open_tfds(text: str, *, data_dir: str = "", split: str = "") -> ImageSet:
                             f"{ARRAY_RECORD} to it, where tensorflow-datasets, {CONVERTER} are installed: "
                             f"tfds convert_format --dataset_version_dir={folder} --out_file_format={ARRAY_RECORD}")
         split = one_of(split, builder.info.splits, dataset)
-        features = dict(builder.info.features)
+        features = dict(sorted(builder.info.features.items()))  # their own order differs from run to run
         image = only([n for n, f in features.items() if type(f) is tfds.features.Image], "Image", dataset, features)
         label = only([n for n, f in features.items() if isinstance(f, tfds.features.ClassLabel)], "ClassLabel", dataset, features)
         names = tuple(features[label].names)
