@@ -231,7 +231,7 @@ class Training:
         It does not depend on the mesh or on `at_once`; `opt_state.loss` is there where a loss carries something from step to step,
         by the number of the loss, `[its lanes, ...]`.
         """
-        parts = [{key: jax.tree.map(lambda a: np.asarray(a)[: len(g.own)], part) for key, part in g.carry.items()} for g in self._groups]
+        parts = [group.carry_of_own() for group in self._groups]
         place = np.argsort(np.concatenate([g.own for g in self._groups]))
 
         def join(trees):
@@ -313,6 +313,10 @@ class _Group:
     def put(self, carry: dict) -> None:
         """Takes over a carry `[members, ...]`; a copy of it, since an epoch reuses the memory."""
         self.carry = jax.device_put(jax.tree.map(jnp.array, carry), self._of_lane)
+
+    def carry_of_own(self) -> dict:
+        """The carry on the host, without the copies."""
+        return jax.tree.map(lambda a: np.asarray(a)[: len(self.own)], self.carry)
 
     def advance(self, training: Training, e: int) -> np.ndarray:
         """Trains for epoch `e`; `[members, 3]`, see `descent.epoch`."""

@@ -26,6 +26,7 @@ from w2s_jax.data import labels as labels_lib
 from w2s_jax.errors import UserError
 from w2s_jax.graph import Graph, variant
 from w2s_jax.models import vision as models
+from w2s_jax.probes import path as path_lib
 from w2s_jax.probes import softmax
 from w2s_jax.progress import Progress, say
 from w2s_jax.runlog import Run
@@ -265,10 +266,11 @@ class _Experiment:
             key = next((k for k in paths if np.array_equal(targets[k], labels)), name)  # a published supervisor is that of every seed
             if key not in paths:
                 say(f"probes to convergence on {name}: {len(config.l2)} penalties")
-                path = softmax_path.fit_path(x[fit], labels[fit], config.l2, classes=self.images.n_classes, heldout=(x[held], labels[held]))
-                best = min(path, key=lambda p: p.heldout_loss)
-                whole = softmax_path.fit_path(x, labels, [l2 for l2 in config.l2 if l2 >= best.l2], classes=self.images.n_classes)[-1]
-                paths[key] = (path, best.l2, whole.logits(x_test))
+                path = path_lib.fit_path(x[fit], labels[fit], config.l2, classes=self.images.n_classes, heldout=(x[held], labels[held]),
+                                         label=f"converged, {name}")
+                best = path[path_lib.choose(path)].l2
+                whole = path_lib.fit_path(x, labels, [l2 for l2 in config.l2 if l2 >= best], classes=self.images.n_classes)[-1]
+                paths[key] = (path, best, whole.logits(x_test))
             paths[name] = paths[key]
         for name, title in (("truth", "ground truth"), (f"weak-s{self.seeds[0]}", "weak labels")):
             path, chosen, _ = paths[name]
