@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import re
 import tarfile
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 import vision_reference as reference
@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from w2s_jax import mesh as mesh_lib
 from w2s_jax import optimizers, train
-from w2s_jax.errors import UserError
 from w2s_jax.models import vision, weights
 from w2s_jax.models.vision import names, reading, resizing
 
@@ -47,6 +46,18 @@ def images(height, width, cells=CELLS, slots=SLOTS):
 def as_torch(batch, config):
     x = batch["images"].reshape(-1, *batch["images"].shape[2:]) / 255
     return torch.tensor((x - np.array(config.mean)) / np.array(config.std), dtype=torch.float32).permute(0, 3, 1, 2)
+
+
+def fast(function, *arguments):
+    """Its result, compiled without XLA's optimizations: the same arithmetic up to rounding."""
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(function).lower(*arguments).compile(tiny.FAST)(*arguments)
+
+
+def both(model, params, batch):
+    """Features, and logits where there is a head."""
+    call = lambda p, b: (model.features(p, b), None if model.head == "none" else model.apply(p, b))  # noqa: E731
+    return fast(call, params, batch)
 
 
 def flat(outputs):
@@ -100,17 +111,18 @@ def test_published_files(published, case):
     model, params = loaded(file)
     for size in PUBLISHED[case][1]:
         batch = images(*size)
+        features, logits = both(model, params, batch)
         with torch.no_grad():
             x = as_torch(batch, model.config)
-            close(flat(model.features(params, batch)), module.embed(x), what=f"features at {size}")
+            close(flat(features), module.embed(x), what=f"features at {size}")
             if case not in HEADLESS:
-                close(flat(model.apply(params, batch)), module(x), what=f"logits at {size}")
+                close(flat(logits), module(x), what=f"logits at {size}")
 
 
 def test_pixels_may_be_float(published):
     model, params = loaded(published("cifar")[1])
     batch = images(32, 32)
-    close(model.apply(params, batch | {"images": batch["images"].astype(np.float32)}), model.apply(params, batch), 1e-6)
+    close(*(fast(model.apply, params, batch | {"images": batch["images"].astype(kind)}) for kind in (np.float32, np.uint8)), 1e-6)
 
 
 @pytest.mark.parametrize("case", PUBLISHED)
@@ -177,13 +189,13 @@ def hugging_face(tmp_path_factory):
     return make
 
 
-def run(module, x, outputs=False):
+def run(module, x):
     """transformers' features [images, embed] and logits (None without a head)."""
     options = {"interpolate_pos_encoding": True} if module.config.model_type == "vit" else {}
     with torch.no_grad():
         base = getattr(module, module.base_model_prefix, module)(pixel_values=x, **options)
         features = base.pooler_output.flatten(1) if module.config.model_type == "resnet" else base.last_hidden_state[:, 0]
-        return features, module(pixel_values=x, **options).logits if hasattr(module, "num_labels") and hasattr(module, "classifier") else None
+        return features, module(pixel_values=x, **options).logits if hasattr(module, "classifier") else None
 
 
 @pytest.mark.parametrize("case", HUGGING_FACE)
@@ -194,10 +206,11 @@ def test_hugging_face(hugging_face, case):
     side = HUGGING_FACE[case][1].get("image_size", 64)
     for size in [(side, side), *HUGGING_FACE[case][2]]:
         batch = images(*size)
+        ours = both(model, params, batch)
         features, logits = run(module, as_torch(batch, model.config))
-        close(flat(model.features(params, batch)), features, what=f"features at {size}")
+        close(flat(ours[0]), features, what=f"features at {size}")
         if logits is not None:
-            close(flat(model.apply(params, batch)), logits, what=f"logits at {size}")
+            close(flat(ours[1]), logits, what=f"logits at {size}")
 
 
 # --------------------------------------------------------------------------- gradients, types, rematerialisation, devices
@@ -211,7 +224,7 @@ def test_gradients(published, case):
     batch = images(*PUBLISHED[case][1][-1])
     pull = np.random.default_rng(1).normal(size=(CELLS, SLOTS, model.classes)).astype(np.float32)
     trained, frozen = train.split_params(params, "full")
-    grads = jax.grad(lambda t: (model.apply(train.merge_params(t, frozen), batch) * pull).sum())(trained)
+    grads = fast(jax.grad(lambda t: (model.apply(train.merge_params(t, frozen), batch) * pull).sum()), trained)
     module.zero_grad()
     (module(as_torch(batch, model.config)) * torch.tensor(flat(pull))).sum().backward()
     expected = {name: p.grad.numpy() for name, p in module.named_parameters()}
@@ -236,16 +249,21 @@ def test_what_is_trained_and_decayed(published):
 def test_bfloat16_and_remat(published, case):
     file, batch = published(case)[1], images(64, 64)
     model, params = loaded(file, head="new", head_init="normal", classes=3)
-    grad = lambda model, params: jax.jit(jax.grad(lambda p: jnp.square(model.apply(p, batch)).sum()))(params)  # noqa: E731
-    expected, grads = np.asarray(model.apply(params, batch)), grad(model, params)
+    def grad(model, params):
+        def loss(params):
+            logits = model.apply(params, batch)
+            return jnp.square(logits).sum(), logits
+        return fast(jax.grad(loss, has_aux=True), params)
+
+    grads, expected = grad(model, params)
     again = vision.build(model.config, head="new", head_init="normal", classes=3, remat="full")
-    for a, b in zip(jax.tree.leaves(grad(again, params)), jax.tree.leaves(grads), strict=True):
+    for a, b in zip(jax.tree.leaves(grad(again, params)[0]), jax.tree.leaves(grads), strict=True):
         close(a, b, 1e-4)
     half, rounded = loaded(file, head="new", head_init="normal", classes=3, dtype="bfloat16", param_dtype="bfloat16")
     kinds = {path: leaf.dtype.name for path, leaf in weights.paths(rounded).items()}
     assert {kinds[p] for p in kinds if not re.search(r"^head/|/(mean|variance)$", p)} == {"bfloat16"}
     assert {kinds[p] for p in kinds if re.search(r"^head/|/(mean|variance)$", p)} == {"float32"}
-    close(half.apply(rounded, batch), expected, 0.05)
+    close(fast(half.apply, rounded, batch), expected, 0.05)
 
 
 @pytest.mark.parametrize("case", ["alexnet", "bottleneck", "cifar", "dinov2 registers"])
@@ -267,10 +285,15 @@ def test_eight_devices_give_what_one_gives(published, monkeypatch, case, at_once
         return
     batch = images(64, 64, cells=4)
     on_mesh = {k: jax.device_put(v, mesh_lib.batch_sharding(mesh)) for k, v in batch.items()}
-    loss = lambda params, batch: jnp.square(model.apply(params, batch)).sum()  # noqa: E731
-    close(jax.jit(model.apply)(spread, on_mesh), model.apply(params, batch))
-    close(jax.jit(model.features)(spread, on_mesh), model.features(params, batch))
-    grads, expected = jax.jit(jax.grad(loss))(spread, on_mesh), jax.jit(jax.grad(loss))(params, batch)
+
+
+    def loss(params, batch):
+        logits = model.apply(params, batch)
+        return jnp.square(logits).sum(), (logits, model.features(params, batch))
+
+    (grads, outputs), (expected, ones) = (fast(jax.grad(loss, has_aux=True), *x) for x in ((spread, on_mesh), (params, batch)))
+    for ours, one in zip(outputs, ones, strict=True):
+        close(ours, one)
     for path, leaf in weights.paths(grads).items():
         close(leaf, weights.paths(expected)[path], 1e-4, path)
 
@@ -278,12 +301,12 @@ def test_eight_devices_give_what_one_gives(published, monkeypatch, case, at_once
 def test_dropout_belongs_to_an_image(published):
     model, params = loaded(published("dino")[1], head="new", head_init="normal", dropout=0.2)
     batch, key = images(32, 32), jax.random.key(3)
-    noisy = np.asarray(model.apply(params, batch, key))
-    assert np.array_equal(noisy, model.apply(params, batch, key))
-    assert not np.allclose(noisy, model.apply(params, batch), 1e-3) and not np.allclose(noisy, model.apply(params, batch, jax.random.key(4)))
+    call = jax.jit(model.apply)
+    noisy = np.asarray(call(params, batch, key))
+    assert np.array_equal(noisy, call(params, batch, key))
+    assert not np.allclose(noisy, call(params, batch), 1e-3) and not np.allclose(noisy, call(params, batch, jax.random.key(4)), 1e-3)
     turned = {name: array[::-1, ::-1] for name, array in batch.items()}
-    close(model.apply(params, turned, key), noisy[::-1, ::-1])
-    assert np.array_equal(model.features(params, batch), loaded(published("dino")[1])[0].features({"backbone": params["backbone"]}, batch))
+    close(call(params, turned, key), noisy[::-1, ::-1])
 
 
 # --------------------------------------------------------------------------- initialisation and sizes
@@ -291,23 +314,23 @@ def test_dropout_belongs_to_an_image(published):
 
 def test_initialisation(published):
     """The shares of torch's layers that the published code leaves as they are, and of its own."""
-    model, _ = loaded(published("alexnet")[1])
-    flat_params = weights.paths(model.init(jax.random.key(0)))
-    bound = (12 * 25) ** -0.5
-    assert 0.9 * 8**-0.5 * 0.2 < np.abs(flat_params["backbone/conv2/kernel"]).max() <= (8 * 25) ** -0.5 and bound
-    assert np.abs(flat_params["head/dense1/bias"]).max() <= 360**-0.5 and np.abs(flat_params["head/bias"]).any()
-    resnet = weights.paths(loaded(published("bottleneck")[1])[0].init(jax.random.key(0)))
+    init = lambda case: weights.paths(fast(loaded(published(case)[1])[0].init, jax.random.key(0)))  # noqa: E731
+    alexnet = init("alexnet")
+    for path, inputs in (("backbone/conv2/kernel", 8 * 25), ("backbone/conv2/bias", 8 * 25), ("head/dense1/bias", 360), ("head/bias", 24)):
+        assert 0.5 * inputs**-0.5 < np.abs(alexnet[path]).max() <= inputs**-0.5, path
+    resnet = init("bottleneck")
     assert np.std(resnet["backbone/stage4/block0/conv2/kernel"]) == pytest.approx((2 / (9 * 16)) ** 0.5, rel=0.1)
     assert (np.asarray(resnet["backbone/stem/norm/variance"]) == 1).all()
-    vit = weights.paths(loaded(published("dinov2 registers")[1])[0].init(jax.random.key(0)))
-    for path, std in (("layers/attn/out/kernel", 0.02), ("layers/mlp/down/kernel", 0.02), ("embed/positions", 0.0176), ("embed/registers", 0.9e-6)):
+    vit = init("dinov2 registers")
+    for path, std in (("layers/attn/out/kernel", 0.02), ("layers/mlp/down/kernel", 0.02), ("embed/positions", 0.0176),
+                      ("embed/registers", 0.9e-6)):
         assert np.std(vit[f"backbone/{path}"]) == pytest.approx(std, rel=0.1), path
 
 
 def test_new_head(published):
     file = published("cifar")[1]
     model, params = loaded(file, head="new", classes=3)
-    assert not np.asarray(model.apply(params, images(32, 32))).any()
+    assert not np.asarray(fast(model.apply, params, images(32, 32))).any()
     assert {k: v.shape for k, v in weights.paths(model.init_new(jax.random.key(0))).items()} == {"head/kernel": (32, 3), "head/bias": (3,)}
     assert loaded(file)[0].init_new(jax.random.key(0)) == {}
     assert vision.build(model.config, head="new", classes=3) is model
