@@ -85,7 +85,8 @@ def test_what_transformers_cannot_hold(tmp_path, case, message):
 
 BIT = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"shortest_edge": 256}, "resample": 3,
        "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "do_rescale": True,
-       "rescale_factor": 0.00392156862745098, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # facebook/dinov2-base
+       "rescale_factor": 0.00392156862745098, "do_normalize": True, "image_mean": [0.485, 0.456, 0.406],
+       "image_std": [0.229, 0.224, 0.225]}  # facebook/dinov2-base
 VIT = {"do_normalize": True, "do_resize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "size": 224, "resample": 2}
 CONVNEXT = {"crop_pct": 0.875, "do_normalize": True, "do_resize": True, "feature_extractor_type": "ConvNextFeatureExtractor",
             "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3, "size": 224}  # microsoft/resnet-50
@@ -194,6 +195,14 @@ def test_arguments(tmp_path, options, message):
     config = vision.read_config(publish(tmp_path, PUBLISHED["basic, no head"][0]()))
     with pytest.raises(UserError, match=message):
         vision.build(config, **options)
+
+
+def test_stored_dtype(tmp_path):
+    file = publish(tmp_path, PUBLISHED["cifar"][0]())  # with its counters, which are integers
+    assert vision.stored_dtype(file) == "float32"
+    model, params = loaded(publish(tmp_path, PUBLISHED["dino"][0]()), param_dtype="bfloat16")
+    vision.save(tmp_path / "half", params, model)
+    assert vision.stored_dtype(tmp_path / "half") == "bfloat16"
 
 
 def test_other_refusals(tmp_path):

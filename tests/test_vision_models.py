@@ -71,16 +71,20 @@ BOTTLENECK = {"stem": 8, "inner": (4, 8, 12, 16)}
 CIFAR = {"stem": 8, "inner": (8, 16, 32), "expansion": 1, "bottleneck": False, "small": True}
 PUBLISHED = {  # case -> (module, other sizes of images than the one that it was made for)
     "alexnet": (lambda: reference.AlexNet((8, 12, 16, 12, 10), (20, 24), 7), [(224, 224), (192, 160), (63, 70)]),
-    "bottleneck": (lambda: reference.ResNet((2, 1, 2, 1), classes=9, **BOTTLENECK), [(64, 64), (50, 71)]),
+    "bottleneck": (lambda: reference.ResNet((2, 1, 2, 1), classes=9, **BOTTLENECK), [(224, 224), (192, 192), (50, 71)]),
     "basic, no head": (lambda: reference.ResNet((1, 2, 1, 1), classes=0, **BASIC), [(64, 64)]),
     "cifar": (lambda: reference.ResNet((2, 1, 2), classes=10, **CIFAR), [(32, 32), (28, 36)]),
     "dino": (lambda: reference.Transformer(classes=0), [(32, 32), (40, 24), (35, 46), (24, 24)]),
+    "dino at 224": (lambda: reference.Transformer(64, 1, 16, 14, 64), [(224, 224), (192, 192)]),
+    "dinov2 at 518": (lambda: reference.Transformer(64, 1, 14, 37, 64, scaled=True), [(224, 224), (98, 98)]),
+    "registers at 518": (lambda: reference.Transformer(64, 1, 14, 37, 64, scaled=True, registers=4, offset=0.0, antialias=True),
+                         [(224, 224), (98, 98)]),
     "deit": (lambda: reference.Transformer(classes=5, bias=False), [(32, 32), (64, 48)]),
     "dinov2": (lambda: reference.Transformer(patch=14, scaled=True), [(56, 56), (98, 42)]),
     "dinov2 registers": (lambda: reference.Transformer(scaled=True, registers=3, offset=0.0, antialias=True), [(32, 32), (24, 64)]),
     "dinov2 giant": (lambda: reference.Transformer(scaled=True, swiglu=True), [(32, 32)]),
 }
-HEADLESS = {"basic, no head", "dino", "dinov2", "dinov2 registers", "dinov2 giant"}
+HEADLESS = PUBLISHED.keys() - {"alexnet", "bottleneck", "cifar", "deit"}
 
 
 @pytest.fixture(scope="module")
