@@ -140,11 +140,10 @@ def test_files_of_torch(tmp_path, published, case):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(same), strict=True))
 
 
-@pytest.mark.parametrize(("file", "accuracy"), [("resnet20-12fca82f", 0.81), ("resnet32-d509ac18", 0.83)])
-def test_real_cifar_networks(shared, file, accuracy):
-    pytest.importorskip("w2s_jax.models.torchfile")
+@pytest.fixture(scope="module")
+def cifar(shared):
+    """2,000 real test images, uint8 [4, 1, 500, 32, 32, 3], and their classes."""
     image = pytest.importorskip("PIL.Image")
-    model, params = loaded(shared / "data/weights/resnet_cifar10" / f"{file}.th")
     pixels, labels = [], []
     with tarfile.open(shared / "data/images/cifar10_sample.tar") as archive:
         members = sorted((m for m in archive.getmembers() if "test/" in m.name and m.isfile()), key=lambda m: m.name)
@@ -152,7 +151,14 @@ def test_real_cifar_networks(shared, file, accuracy):
         for member in members:
             pixels.append(np.asarray(image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGB")))
             labels.append(kinds.index(member.name.split("/")[-2]))
-    parts = np.stack(pixels).reshape(4, 1, 500, 32, 32, 3)
+    return np.stack(pixels).reshape(4, 1, 500, 32, 32, 3), np.array(labels)
+
+
+@pytest.mark.parametrize(("file", "accuracy"), [("resnet20-12fca82f", 0.81), ("resnet32-d509ac18", 0.83)])
+def test_real_cifar_networks(shared, cifar, file, accuracy):
+    pytest.importorskip("w2s_jax.models.torchfile")
+    model, params = loaded(shared / "data/weights/resnet_cifar10" / f"{file}.th")
+    parts, labels = cifar
     apply = jax.jit(model.apply)
     right = np.concatenate([flat(apply(params, {"images": part})).argmax(-1) for part in parts]) == labels
     assert abs(right.mean() - accuracy) < 0.015
