@@ -44,7 +44,7 @@ def save(folder, params: dict, model, class_names: tuple[str, ...] = ()) -> None
     elif config.architecture.wide and model.head == "new":
         # The published class's head reads the mean of the patches beside the class token: ours has no weights for it.
         kernel = np.asarray(jax.device_get(flat["head/kernel"])).T
-        extra = {"classifier.weight": np.concatenate([kernel, np.zeros_like(kernel)], axis=1)}
+        extra = {"classifier.weight": np.ascontiguousarray(np.concatenate([kernel, np.zeros_like(kernel)], axis=1))}
     if config.architecture.__class__ is ViT and config.format == "hf_dinov2_with_registers":
         extra[f"{prefix}embeddings.mask_token"] = np.zeros((1, config.embed), np.float32)  # its class has one always, for pretraining
     entries |= {name: Entry(array.nbytes, lambda array=array: array) for name, array in extra.items()}
