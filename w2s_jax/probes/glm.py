@@ -73,7 +73,7 @@ def fit(kind: str, rows: Rows, soft: np.ndarray, l2: float | None, folds: int, s
     mean = rows.mean()
     if rows.n * rows.d > LONG:
         say(f"probe={kind}: the features' covariance [{rows.d}, {rows.d}], then the fit to {rows.n} rows")
-    basis, spectrum, whole, variance = _basis(rows, mean)
+    basis, spectrum, whole, variance = basis_of(rows, mean)
     x, targets = jax.device_put(rows.aligned(mean), may_alias=True), jnp.asarray(soft)
     solve = functools.partial(_solve, kind, whole, x, targets, jnp.asarray(basis), jnp.asarray(spectrum))
     start, info = np.zeros((1, rows.d + 1), np.float32), {}
@@ -129,7 +129,7 @@ def fold_of(n: int, folds: int, seed: int, groups=None) -> np.ndarray:
 # ---------------------------------------------------------------- what makes the problem round
 
 
-def _basis(rows: Rows, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool, float]:
+def basis_of(rows: Rows, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool, float]:
     """Eigenvectors `[d, r]` of the covariance, its eigenvalues `[r]`, whether all rows lie within them, the mean variance of a feature.
 
     From at most SAMPLE * d rows, evenly spread: an estimate only makes the way to the minimum longer. With fewer rows than features
@@ -186,7 +186,7 @@ def _solve(kind: str, whole: bool, x, targets, basis, spectrum, parts, penalty, 
     """Minimises every lane's objective from `start`.
 
     Args:
-        x: `[n, d]`, centred. targets: `[n]`. basis: `[d, r]`, spectrum: `[r]`, see `_basis`.
+        x: `[n, d]`, centred. targets: `[n]`. basis: `[d, r]`, spectrum: `[r]`, see `basis_of`.
         parts: int `[n]`, the fold of each row. penalty, held: `[lanes]`, l2 and the fold that is left out (-1: none).
         start: `[lanes, d + 1]`. tolerance: of the gradient's norm in z.
     """

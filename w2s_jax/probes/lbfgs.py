@@ -35,18 +35,20 @@ class State(NamedTuple):
     best: tuple[jax.Array, jax.Array, jax.Array]  # point, value and gradient's norm: of points of equal value that of the least norm
 
 
-def minimise(function: Callable, start: jax.Array, tolerance, evaluations) -> tuple[jax.Array, jax.Array, jax.Array]:
+def minimise(function: Callable, start: jax.Array, tolerance, evaluations,
+             with_gradient: bool = False) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The minimum of `function(point [size]) -> scalar`, from `start`.
 
     Args:
         tolerance: stops where the gradient's norm is at most this.
         evaluations: of value and gradient, at most.
+        with_gradient: the function gives (value, gradient) itself.
 
     Returns:
         The best point, the gradient's norm there, and how many evaluations it took. Where float32 shows no way further down, it
         stops with a larger norm.
     """
-    value_and_grad = jax.value_and_grad(function)
+    value_and_grad = function if with_gradient else jax.value_and_grad(function)
     dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
 
     def direction_of(gradient, moves, changes, inverse):

@@ -35,6 +35,7 @@ SCHEDULES = {
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
 }
+PRODUCTS = ("float32", "bfloat16")
 AT_ONCE = 16  # lanes that an accelerator trains in one dispatch; a CPU trains one, whose weights and moments then stay in its cache
 BLOCK = 2**26  # numbers in the logits of one block of test rows, at most
 _START, _ORDER = 0x57A7, 0x04DE  # streams of a lane's seed
@@ -81,9 +82,9 @@ class Trained:
 
 
 def train(features, targets: dict, lanes: Sequence[Lane], *, test=None, references: dict | None = None, epochs: int = 20,
-          batch_size: int = 100, learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "cosine", mesh=None,
-          at_once: int = 0, label: str = "", logits: bool = True, resume: tuple[int, dict] | None = None,
-          on_epoch: Callable[[Training], None] | None = None) -> Trained:
+          batch_size: int = 100, learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "cosine",
+          classes: int = 0, products: str = "float32", mesh=None, at_once: int = 0, label: str = "", logits: bool = True,
+          resume: tuple[int, dict] | None = None, on_epoch: Callable[[Training], None] | None = None) -> Trained:
     """Trains every lane for `epochs`; the arguments are those of `Training`.
 
     Args:
@@ -93,7 +94,8 @@ def train(features, targets: dict, lanes: Sequence[Lane], *, test=None, referenc
       on_epoch: called after every epoch, so that the caller may write `training.state()` to a checkpoint.
     """
     training = Training(features, targets, lanes, test=test, references=references, epochs=epochs, batch_size=batch_size,
-                        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, mesh=mesh, at_once=at_once)
+                        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, classes=classes, products=products,
+                        mesh=mesh, at_once=at_once)
     if resume is not None:
         training.load(*resume)
     bar = Progress(training.work * epochs, start=training.work * training.done, label=label) if label else None
@@ -120,6 +122,9 @@ class Training:
       references: int `[m]` by name, what the predictions are compared with.
       epochs: passes over the rows. batch_size: rows a step. weight_decay: torch's, `weight_decay * parameter` added to the gradient.
       schedule: constant | linear | cosine (both to 0 after the last step).
+      classes: their number, where labels are classes and the highest may be missing; 0 = as found.
+      products: what the two products of a step are taken of: float32, or bfloat16 (summed in float32; weights and moments stay
+        float32), which is faster and no longer the reference's numbers.
       mesh: the devices; None = the first one. Lanes are spread over `data` x `fsdp` where their number (of one loss) divides, else
         each batch is.
       at_once: lanes of a device that are trained in one dispatch; 0 = as suits the device.
@@ -133,12 +138,12 @@ class Training:
     """
 
     def __init__(self, features, targets: dict, lanes: Sequence[Lane], *, test=None, references: dict | None = None, epochs: int = 20,
-                 batch_size: int = 100, learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "cosine", mesh=None,
-                 at_once: int = 0):
-        self._checks(lanes, epochs, batch_size, learning_rate, weight_decay, schedule)
+                 batch_size: int = 100, learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "cosine",
+                 classes: int = 0, products: str = "float32", mesh=None, at_once: int = 0):
+        self._checks(lanes, epochs, batch_size, learning_rate, weight_decay, schedule, products)
         rows = Rows(features)
         rows.mean()  # finite
-        self.lanes, self.targets = tuple(lanes), Targets(targets, rows.n, {lane.labels for lane in lanes})
+        self.lanes, self.targets = tuple(lanes), Targets(targets, rows.n, {lane.labels for lane in lanes}, classes)
         for lane in self.lanes:
             if lane.noise and self.targets.classes < 2:
                 raise UserError(f"noise={lane.noise!r}: the labels have one class, expected another one to replace it by")
@@ -152,9 +157,10 @@ class Training:
         self._rates = np.float32(rate / (1 - descent.B1**t)).reshape(epochs, -1)
         self._scales = np.float32(1 / np.sqrt(1 - descent.B2**t)).reshape(epochs, -1)
         whole = mesh_lib.replicated(self.mesh)
-        half = rows.array.dtype.name == "bfloat16"
-        self._x = jax.device_put(rows.array if half else rows.aligned(), whole, may_alias=True)
+        self._half = products == "bfloat16"
+        self._x = jax.device_put(rows.array if rows.array.dtype.name == "bfloat16" else rows.aligned(), whole, may_alias=True)
         self._soft = jax.device_put(self.targets.soft, whole, may_alias=True)
+        self._likeliest = jax.device_put(self.targets.soft.argmax(axis=2).astype(np.int32), whole)
         self._test(test, references or {}, whole)
         shape = (len(self.lanes), epochs)
         self._loss, self._right = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
@@ -162,7 +168,7 @@ class Training:
         self._make_groups(at_once or (1 if self.mesh.devices.flat[0].platform == "cpu" else AT_ONCE))
 
     @staticmethod
-    def _checks(lanes, epochs, batch_size, learning_rate, weight_decay, schedule) -> None:
+    def _checks(lanes, epochs, batch_size, learning_rate, weight_decay, schedule, products) -> None:
         for key, value in (("epochs", epochs), ("batch_size", batch_size), ("lanes", len(lanes))):
             if value < 1:
                 raise UserError(f"{key}={value!r}: expected 1 or more")
@@ -171,6 +177,8 @@ class Training:
                 raise UserError(f"{key}={value!r}: expected a number {'above 0' if low else 'of at least 0'}")
         if schedule not in SCHEDULES:
             raise UserError(f"schedule={schedule!r}: expected one of {', '.join(SCHEDULES)}")
+        if products not in PRODUCTS:
+            raise UserError(f"products={products!r}: expected one of {', '.join(PRODUCTS)}")
         for lane in lanes:
             if not 0 <= lane.noise <= 1:
                 raise UserError(f"noise={lane.noise!r}: expected a probability in [0, 1]")
@@ -200,7 +208,7 @@ class Training:
             most = at_once * devices if spread == "lanes" else at_once
             size = -(-len(members) // -(-len(members) // most))
             size = -(-size // devices) * devices if spread == "lanes" else size
-            spec = descent.Spec(loss, self.mesh, spread)
+            spec = descent.Spec(loss, self.mesh, spread, self._half, bool(self.decay > 0))
             for start in range(0, len(members), size):
                 own = members[start : start + size]
                 self._groups.append(_Group(self, spec, number, own, own + own[-1:] * (size - len(own))))
@@ -224,6 +232,10 @@ class Training:
                 bar.update(self.steps * len(group.own), loss=float(np.mean(loss / count)), accuracy=float(np.mean(right / count)))
         self.done = e + 1
 
+    def losses(self) -> np.ndarray:
+        """Mean training loss of every lane in the last epoch, `[lanes]`."""
+        return self._loss[:, self.done - 1]
+
     def state(self) -> dict:
         """All that the next epochs depend on, as nested dicts of numpy arrays: `params` `{weights [lanes, classes, d], bias}`,
         `opt_state` `{m, v, loss}`, `history` `{loss, train_accuracy, predictions}` (epochs to come: NaN and -1).
@@ -231,7 +243,7 @@ class Training:
         It does not depend on the mesh or on `at_once`; `opt_state.loss` is there where a loss carries something from step to step,
         by the number of the loss, `[its lanes, ...]`.
         """
-        parts = [{key: jax.tree.map(lambda a: np.asarray(a)[: len(g.own)], part) for key, part in g.carry.items()} for g in self._groups]
+        parts = [group.carry_of_own() for group in self._groups]
         place = np.argsort(np.concatenate([g.own for g in self._groups]))
 
         def join(trees):
@@ -314,6 +326,10 @@ class _Group:
         """Takes over a carry `[members, ...]`; a copy of it, since an epoch reuses the memory."""
         self.carry = jax.device_put(jax.tree.map(jnp.array, carry), self._of_lane)
 
+    def carry_of_own(self) -> dict:
+        """The carry on the host, without the copies."""
+        return jax.tree.map(lambda a: np.asarray(a)[: len(self.own)], self.carry)
+
     def advance(self, training: Training, e: int) -> np.ndarray:
         """Trains for epoch `e`; `[members, 3]`, see `descent.epoch`."""
         batch, steps, total = training.batch, training.steps, training.steps * training.epochs
@@ -326,6 +342,6 @@ class _Group:
         share = np.array([[lane.loss.coefficient(e * steps + i, total) for i in range(steps)] for lane in self.lanes], np.float32)
         lanes = {**self._labels, "order": jax.device_put(order, self._of_order), "coefficients": jax.device_put(share, self._of_lane)}
         rates, scales = (jax.device_put(a[e], self._whole) for a in (training._rates, training._scales))
-        x, soft = training._x, training._soft
-        self.carry, totals = descent.epoch(self.spec, x, soft, training.decay, rates, scales, self.carry, lanes)
+        whole = training._x, training._soft, training._likeliest, training.decay
+        self.carry, totals = descent.epoch(self.spec, *whole, rates, scales, self.carry, lanes)
         return np.asarray(totals, np.float64)
