@@ -176,26 +176,18 @@ def test_features_in_half_precision(data):
     np.testing.assert_allclose(run(half, many()[:1]).weights, run(full, many()[:1]).weights, atol=1e-6)
 
 
-def test_products_in_half_precision(data):
-    """Weights and moments stay float32: near the reference's numbers, not at them."""
-    full, half = (run(data, many()[:2], products=products) for products in ("float32", "bfloat16"))
-    difference = np.abs(half.weights - full.weights)
-    assert 1e-5 < difference.max() < 0.02 and abs(half.against["truth"] - full.against["truth"]).max() < 0.08
-    state = Training(data["features"], data["targets"], many(), **SETTINGS, products="bfloat16").state()
-    assert {leaf.dtype for leaf in jax.tree.leaves((state["params"], state["opt_state"]))} == {np.dtype(np.float32)}
-
-
 def test_classes_that_no_label_shows(data):
     trained = train(data["features"], {"truth": data["targets"]["truth"]}, many()[4:5], test=data["test"], classes=K + 2, **SETTINGS)
     assert trained.logits.shape == (1, M, K + 2) and trained.predictions[:, -1].max() < K
 
 
-def test_measure_runs_both_in_turn():
+@pytest.mark.parametrize("reference", [True, False])
+def test_measure_runs_both_in_turn(reference):
     made = measure.data(120, 8, 3)
-    out = measure.measure(made["features"], made["targets"], batch_size=20, rounds=2, share=0.5, products=("float32", "bfloat16"))
-    assert [row["labels"] for row in out["reference"]] == ["weak", "truth"] and out["gflop"] == pytest.approx(4e-9 * 20 * 8 * 3)
-    for who in ("reference", "float32", "bfloat16"):
-        assert all(row["seconds"] > 0 and 0 < row["loss"] < 3 and (row["ratio"] is None) == (who == "reference") for row in out[who])
+    out = measure.measure(made["features"], made["targets"], batch_size=20, rounds=2, share=0.5, reference=reference)
+    assert [row["labels"] for row in out["ours"]] == ["weak", "truth"] and out["gflop"] == pytest.approx(4e-9 * 20 * 8 * 3)
+    assert ("reference" in out) == reference and all((row["ratio"] is not None) == reference for row in out["ours"])
+    assert all(row["seconds"] > 0 and 0 < row["loss"] < 3 for row in out["ours"] + out.get("reference", []))
 
 
 def test_noise_replaces_by_other_classes():
@@ -221,7 +213,7 @@ def test_one_hot_labels_are_classes(data):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"epochs": 0}, "epochs=0"), ({"batch_size": 0}, "batch_size=0"), ({"learning_rate": 0.0}, "learning_rate=0.0"),
     ({"weight_decay": -1.0}, "weight_decay=-1.0"), ({"schedule": "cosin"}, "schedule='cosin'"), ({"lanes": []}, "lanes=0"),
-    ({"products": "float16"}, "products='float16'"), ({"classes": 4}, "labels.weak: 5 classes, expected 4"),
+    ({"classes": 4}, "labels.weak: 5 classes, expected 4"),
     ({"lanes": [Lane("wek", 0, XENT)]}, "did you mean 'weak'"), ({"lanes": [Lane("weak", 0, XENT, 1.5)]}, "noise=1.5"),
     ({"targets": {"weak": np.full((N, K), 0.3)}}, "row 0 is no distribution"),
     ({"targets": {"weak": np.ones((N - 1, K))}}, r"labels.weak: \[229, 5\]"),

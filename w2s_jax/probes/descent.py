@@ -29,15 +29,13 @@ class Spec:
       loss: of every lane of the group; its coefficients are inputs.
       mesh: the devices.
       spread: "lanes" (each device has its own), "batch" (each has a part of every batch), or "" (one device).
-      half: whether both products of a step take bfloat16 numbers, summed in float32.
       decays: whether there is a weight decay at all.
     """
 
     loss: losses.Loss
     mesh: Mesh
     spread: str
-    half: bool = False
-    decays: bool = True
+    decays: bool
 
 
 def specs(spread: str) -> tuple[P, P]:
@@ -69,16 +67,14 @@ def _adam(p, m, v, g, rate, scale):
 
 def _lane(spec: Spec, x, soft, likeliest, decay, rates, scales, carry, lane):
     """An epoch of one lane: the next carry, and summed loss (times documents), right answers, documents."""
-    kind = jnp.bfloat16 if spec.half else jnp.float32
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     split, classes = spec.spread == "batch", carry["params"]["bias"].shape[0]
 
     def step(i, carry):
         carry, totals = carry
         params = carry["params"]
         own = lane["order"][i]
-        xb = x[jnp.maximum(own, 0)].astype(kind)
-        z = product("bd,kd->bk", xb, params["weights"].astype(kind)) + params["bias"]
+        xb = x[jnp.maximum(own, 0)].astype(jnp.float32)
+        z = jnp.einsum("bd,kd->bk", xb, params["weights"]) + params["bias"]
         # The loss sees the whole batch on every device: it may need a quantile of it.
         order, logits = (jax.lax.all_gather(a, BATCH, tiled=True) for a in (own, z)) if split else (own, z)
         real = order >= 0
@@ -95,9 +91,7 @@ def _lane(spec: Spec, x, soft, likeliest, decay, rates, scales, carry, lane):
         totals += jnp.stack([value * count, right.astype(jnp.float32), count])
         if split:
             residual = jax.lax.dynamic_slice_in_dim(residual, jax.lax.axis_index(BATCH) * len(own), len(own))
-        # A CPU's bfloat16 product takes twice the time where it must transpose its left side.
-        left = residual.T.astype(kind)
-        grads = {"weights": product("kb,bd->kd", left, xb), "bias": jnp.sum(residual, axis=0)}
+        grads = {"weights": jnp.einsum("bk,bd->kd", residual, xb), "bias": jnp.sum(residual, axis=0)}
         if split:
             grads = jax.lax.psum(grads, BATCH)
         if spec.decays:

@@ -35,7 +35,6 @@ SCHEDULES = {
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
 }
-PRODUCTS = ("float32", "bfloat16")
 AT_ONCE = 16  # lanes that an accelerator trains in one dispatch; a CPU trains one, whose weights and moments then stay in its cache
 BLOCK = 2**26  # numbers in the logits of one block of test rows, at most
 _START, _ORDER = 0x57A7, 0x04DE  # streams of a lane's seed
@@ -83,7 +82,7 @@ class Trained:
 
 def train(features, targets: dict, lanes: Sequence[Lane], *, test=None, references: dict | None = None, epochs: int = 20,
           batch_size: int = 100, learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "cosine",
-          classes: int = 0, products: str = "float32", mesh=None, at_once: int = 0, label: str = "", logits: bool = True,
+          classes: int = 0, mesh=None, at_once: int = 0, label: str = "", logits: bool = True,
           resume: tuple[int, dict] | None = None, on_epoch: Callable[[Training], None] | None = None) -> Trained:
     """Trains every lane for `epochs`; the arguments are those of `Training`.
 
@@ -94,8 +93,8 @@ def train(features, targets: dict, lanes: Sequence[Lane], *, test=None, referenc
       on_epoch: called after every epoch, so that the caller may write `training.state()` to a checkpoint.
     """
     training = Training(features, targets, lanes, test=test, references=references, epochs=epochs, batch_size=batch_size,
-                        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, classes=classes, products=products,
-                        mesh=mesh, at_once=at_once)
+                        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, classes=classes, mesh=mesh,
+                        at_once=at_once)
     if resume is not None:
         training.load(*resume)
     bar = Progress(training.work * epochs, start=training.work * training.done, label=label) if label else None
@@ -123,8 +122,6 @@ class Training:
       epochs: passes over the rows. batch_size: rows a step. weight_decay: torch's, `weight_decay * parameter` added to the gradient.
       schedule: constant | linear | cosine (both to 0 after the last step).
       classes: their number, where labels are classes and the highest may be missing; 0 = as found.
-      products: what the two products of a step are taken of: float32, or bfloat16 (summed in float32; weights and moments stay
-        float32), which is faster and no longer the reference's numbers.
       mesh: the devices; None = the first one. Lanes are spread over `data` x `fsdp` where their number (of one loss) divides, else
         each batch is.
       at_once: lanes of a device that are trained in one dispatch; 0 = as suits the device.
@@ -139,8 +136,8 @@ class Training:
 
     def __init__(self, features, targets: dict, lanes: Sequence[Lane], *, test=None, references: dict | None = None, epochs: int = 20,
                  batch_size: int = 100, learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "cosine",
-                 classes: int = 0, products: str = "float32", mesh=None, at_once: int = 0):
-        self._checks(lanes, epochs, batch_size, learning_rate, weight_decay, schedule, products)
+                 classes: int = 0, mesh=None, at_once: int = 0):
+        self._checks(lanes, epochs, batch_size, learning_rate, weight_decay, schedule)
         rows = Rows(features)
         rows.mean()  # finite
         self.lanes, self.targets = tuple(lanes), Targets(targets, rows.n, {lane.labels for lane in lanes}, classes)
@@ -157,7 +154,6 @@ class Training:
         self._rates = np.float32(rate / (1 - descent.B1**t)).reshape(epochs, -1)
         self._scales = np.float32(1 / np.sqrt(1 - descent.B2**t)).reshape(epochs, -1)
         whole = mesh_lib.replicated(self.mesh)
-        self._half = products == "bfloat16"
         self._x = jax.device_put(rows.array if rows.array.dtype.name == "bfloat16" else rows.aligned(), whole, may_alias=True)
         self._soft = jax.device_put(self.targets.soft, whole, may_alias=True)
         self._likeliest = jax.device_put(self.targets.soft.argmax(axis=2).astype(np.int32), whole)
@@ -168,7 +164,7 @@ class Training:
         self._make_groups(at_once or (1 if self.mesh.devices.flat[0].platform == "cpu" else AT_ONCE))
 
     @staticmethod
-    def _checks(lanes, epochs, batch_size, learning_rate, weight_decay, schedule, products) -> None:
+    def _checks(lanes, epochs, batch_size, learning_rate, weight_decay, schedule) -> None:
         for key, value in (("epochs", epochs), ("batch_size", batch_size), ("lanes", len(lanes))):
             if value < 1:
                 raise UserError(f"{key}={value!r}: expected 1 or more")
@@ -177,8 +173,6 @@ class Training:
                 raise UserError(f"{key}={value!r}: expected a number {'above 0' if low else 'of at least 0'}")
         if schedule not in SCHEDULES:
             raise UserError(f"schedule={schedule!r}: expected one of {', '.join(SCHEDULES)}")
-        if products not in PRODUCTS:
-            raise UserError(f"products={products!r}: expected one of {', '.join(PRODUCTS)}")
         for lane in lanes:
             if not 0 <= lane.noise <= 1:
                 raise UserError(f"noise={lane.noise!r}: expected a probability in [0, 1]")
@@ -208,7 +202,7 @@ class Training:
             most = at_once * devices if spread == "lanes" else at_once
             size = -(-len(members) // -(-len(members) // most))
             size = -(-size // devices) * devices if spread == "lanes" else size
-            spec = descent.Spec(loss, self.mesh, spread, self._half, bool(self.decay > 0))
+            spec = descent.Spec(loss, self.mesh, spread, bool(self.decay > 0))
             for start in range(0, len(members), size):
                 own = members[start : start + size]
                 self._groups.append(_Group(self, spec, number, own, own + own[-1:] * (size - len(own))))
