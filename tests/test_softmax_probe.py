@@ -8,7 +8,7 @@ import pytest
 from w2s_jax import checkpoint, losses
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.errors import UserError
-from w2s_jax.probes import descent, softmax
+from w2s_jax.probes import descent, measure, softmax
 from w2s_jax.probes.softmax import Lane, Training, train
 from w2s_jax.probes.targets import Targets
 
@@ -142,8 +142,8 @@ def test_cut_off_and_resumed(data, tmp_path):
     """From Orbax's files, in other groups: bit for bit; with a loss that carries something along, too."""
     two = {**data, "targets": {"weak": np.stack([1 - data["targets"]["weak"][:, 0], data["targets"]["weak"][:, 0]], 1)}, "references": {}}
     two["targets"]["truth"] = two["targets"]["weak"].argmax(1)
-    lanes = [Lane("weak", 0, losses.make("logconf_eleuther", {"warmup": 3}, ground_truth=False)), Lane("truth", 0, TRUTH), Lane("weak", 1, XENT),
-             Lane("weak", 1, losses.make("logconf_eleuther", {"warmup": 3}, ground_truth=False))]  # fmt: skip
+    buffered = losses.make("logconf_eleuther", {"warmup": 3}, ground_truth=False)
+    lanes = [Lane("weak", 0, buffered), Lane("truth", 0, TRUTH), Lane("weak", 1, XENT), Lane("weak", 1, buffered)]
     whole = run(two, lanes)
     store = checkpoint.Checkpoints(tmp_path)
 
@@ -176,6 +176,20 @@ def test_features_in_half_precision(data):
     np.testing.assert_allclose(run(half, many()[:1]).weights, run(full, many()[:1]).weights, atol=1e-6)
 
 
+def test_classes_that_no_label_shows(data):
+    trained = train(data["features"], {"truth": data["targets"]["truth"]}, many()[4:5], test=data["test"], classes=K + 2, **SETTINGS)
+    assert trained.logits.shape == (1, M, K + 2) and trained.predictions[:, -1].max() < K
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_measure_runs_both_in_turn(reference):
+    made = measure.data(120, 8, 3)
+    out = measure.measure(made["features"], made["targets"], batch_size=20, rounds=2, share=0.5, reference=reference)
+    assert [row["labels"] for row in out["ours"]] == ["weak", "truth"] and out["gflop"] == pytest.approx(4e-9 * 20 * 8 * 3)
+    assert ("reference" in out) == reference and all((row["ratio"] is not None) == reference for row in out["ours"])
+    assert all(row["seconds"] > 0 and 0 < row["loss"] < 3 for row in out["ours"] + out.get("reference", []))
+
+
 def test_noise_replaces_by_other_classes():
     truth = np.repeat(np.arange(10), 1000)
     targets = Targets({"truth": truth, "weak": 0.9 * np.eye(10)[truth] + 0.01}, 10_000, {"truth", "weak"})
@@ -199,12 +213,15 @@ def test_one_hot_labels_are_classes(data):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"epochs": 0}, "epochs=0"), ({"batch_size": 0}, "batch_size=0"), ({"learning_rate": 0.0}, "learning_rate=0.0"),
     ({"weight_decay": -1.0}, "weight_decay=-1.0"), ({"schedule": "cosin"}, "schedule='cosin'"), ({"lanes": []}, "lanes=0"),
+    ({"classes": 4}, "labels.weak: 5 classes, expected 4"),
     ({"lanes": [Lane("wek", 0, XENT)]}, "did you mean 'weak'"), ({"lanes": [Lane("weak", 0, XENT, 1.5)]}, "noise=1.5"),
-    ({"targets": {"weak": np.full((N, K), 0.3)}}, "row 0 is no distribution"), ({"targets": {"weak": np.ones((N - 1, K))}}, r"labels.weak: \[229, 5\]"),
+    ({"targets": {"weak": np.full((N, K), 0.3)}}, "row 0 is no distribution"),
+    ({"targets": {"weak": np.ones((N - 1, K))}}, r"labels.weak: \[229, 5\]"),
     ({"targets": {"weak": np.full((N, K), np.nan)}}, "row 0 is no distribution"),
     ({"targets": {"weak": np.full(N, -1)}}, "integers of at least 0"), ({"targets": {"weak": np.full(N, 0.5)}}, "float64"),
     ({"lanes": many(), "targets": {"weak": np.full((N, 2), 0.5), "truth": np.full(N, 2)}}, "class 2, expected one below 2"),
-    ({"test": np.zeros((3, D + 1))}, f"expected {D} as in the fit"), ({"references": {"truth": np.zeros(3, int)}}, r"references.truth: int64 \[3\]"),
+    ({"test": np.zeros((3, D + 1))}, f"expected {D} as in the fit"),
+    ({"references": {"truth": np.zeros(3, int)}}, r"references.truth: int64 \[3\]"),
     ({"features": np.full((N, D), np.nan)}, "row 0 is not finite"), ({"learning_rate": 3e37}, "not finite in epoch"),
 ])  # fmt: skip
 def test_bad_input(data, changes, message):

@@ -25,6 +25,7 @@ TOLERANCE = 1e-5  # norm of the gradient, in coordinates where the curvature is 
 AIM = 2e-6  # where it stops trying; float32 may show no way from TOLERANCE down to this
 ITERATIONS = 1000
 CHUNK = 100  # evaluations in one dispatch; between two of them the coordinates follow the curvature
+BLOCK = 2**22  # numbers in the scores of one block of rows, at most: 16 MiB
 LEAST = 1e-6  # mean curvature below which they do not
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -129,31 +130,35 @@ class _Data:
     def __init__(self, rows: Rows, targets, classes: int = 0, mean: np.ndarray | None = None):
         self.rows = rows
         self.mean = rows.mean() if mean is None else mean
-        labels = Targets({"targets": targets}, rows.n, {"targets"})
-        if classes and labels.classes > classes or (classes and labels.soft.shape[1] == rows.n and labels.classes != classes):
-            raise UserError(f"labels: {labels.classes} classes, expected {classes}")
-        self.classes = classes or labels.classes
+        labels = Targets({"targets": targets}, rows.n, {"targets"}, classes)
+        self.classes = labels.classes
         if self.classes < 2:
             raise UserError(f"labels: {self.classes} class, expected 2 or more")
         hard, _ = labels.of("targets")
-        size = min(rows.size, max(2**22 // self.classes, 64))
-        count = -(-rows.n // size)
-        self.x = jnp.asarray(np.stack([_filled(rows[i * size : (i + 1) * size] - self.mean, size) for i in range(count)]))
-        y = hard if (hard >= 0).all() else labels.soft[0]
-        self.y = jnp.asarray(np.stack([_filled(y[i * size : (i + 1) * size], size) for i in range(count)]))
-        self.here = jnp.asarray(_filled(np.ones(rows.n, np.float32), count * size).reshape(count, size))
+        size = min(rows.size, max(BLOCK // self.classes, 64))
+        self.shape = -(-rows.n // size), size
+        self.x = jax.device_put(rows.aligned(self.mean, self.shape[0] * size).reshape(*self.shape, rows.d), may_alias=True)
+        self.y = self._cut(hard if (hard >= 0).all() else labels.soft[0])
+        self.here = self.only(np.ones(rows.n))
+
+    def _cut(self, rows: np.ndarray) -> jax.Array:
+        """Rows `[n, ...]` in blocks; zeros fill the last one up."""
+        room = ((0, self.shape[0] * self.shape[1] - len(rows)),) + ((0, 0),) * (rows.ndim - 1)
+        return jnp.asarray(np.pad(rows, room).reshape(*self.shape, *rows.shape[1:]))
 
     def only(self, rows: np.ndarray) -> jax.Array:
-        """Weights of the blocks' rows: 1 where `rows` (bool `[n]`), else 0."""
-        return jnp.asarray(_filled(rows.astype(np.float32), self.here.size).reshape(self.here.shape))
+        """Weights of the blocks' rows: 1 where `rows` (`[n]`), else 0."""
+        return self._cut(rows.astype(np.float32))
+
+    @functools.cached_property
+    def basis(self) -> tuple[jax.Array, jax.Array, bool]:
+        """What makes the problem round, see `glm.basis_of`."""
+        basis, spectrum, whole, _ = glm.basis_of(self.rows, self.mean)
+        return jnp.asarray(basis), jnp.asarray(spectrum), whole
 
     def loss(self, theta, here) -> tuple[jax.Array, jax.Array]:
         """Mean cross-entropy, and mean curvature of a score, of the rows that weigh 1."""
         return _loss_and_curvature(self.x, self.y, here, *theta)
-
-
-def _filled(block: np.ndarray, size: int) -> np.ndarray:
-    return block if len(block) == size else np.pad(block, ((0, size - len(block)),) + ((0, 0),) * (block.ndim - 1))
 
 
 def _over_folds(data: _Data, parts, folds: int, l2s, tolerance, iterations, bar) -> list[float]:
@@ -168,8 +173,7 @@ def _over_folds(data: _Data, parts, folds: int, l2s, tolerance, iterations, bar)
 
 def _descend(data: _Data, here, l2s, tolerance: float, iterations: int, bar):
     """Yields (theta, facts for `Fit`) of every penalty; theta = weights `[classes, d]`, bias `[classes]`, for centred rows."""
-    basis, spectrum, whole, _ = glm.basis_of(data.rows, data.mean)
-    basis, spectrum = jnp.asarray(basis), jnp.asarray(spectrum)
+    basis, spectrum, whole = data.basis
     theta = (jnp.zeros((data.classes, data.rows.d)), jnp.zeros(data.classes))
     loss, curvature = (float(a) for a in data.loss(theta, here))
     for l2 in l2s:

@@ -48,11 +48,16 @@ class Rows:
         block = self[start : start + size]
         return block if len(block) == size else np.pad(block, ((0, size - len(block)), (0, 0)))
 
-    def aligned(self, less: np.ndarray | None = None) -> np.ndarray:
-        """All rows in float32, less a row `[d]`. A CPU's device takes over the very array, since it is aligned as XLA wants it."""
-        raw = np.empty(4 * self.n * self.d + 64, np.uint8)
+    def aligned(self, less: np.ndarray | None = None, count: int = 0) -> np.ndarray:
+        """All rows in float32, less a row `[d]`, and zeros after them where `count` is more than there are.
+
+        A CPU's device takes over the very array, since it is aligned as XLA wants it.
+        """
+        count = max(count, self.n)
+        raw = np.empty(4 * count * self.d + 64, np.uint8)
         begin = -raw.ctypes.data % 64
-        out = raw[begin : begin + 4 * self.n * self.d].view(np.float32).reshape(self.n, self.d)
+        out = raw[begin : begin + 4 * count * self.d].view(np.float32).reshape(count, self.d)
+        out[self.n :] = 0
         for where, block in self.blocks():
             np.subtract(block, np.float32(0) if less is None else less, out=out[where])
         return out

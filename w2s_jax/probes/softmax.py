@@ -81,9 +81,9 @@ class Trained:
 
 
 def train(features, targets: dict, lanes: Sequence[Lane], *, test=None, references: dict | None = None, epochs: int = 20,
-          batch_size: int = 100, learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "cosine", mesh=None,
-          at_once: int = 0, label: str = "", logits: bool = True, resume: tuple[int, dict] | None = None,
-          on_epoch: Callable[[Training], None] | None = None) -> Trained:
+          batch_size: int = 100, learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "cosine",
+          classes: int = 0, mesh=None, at_once: int = 0, label: str = "", logits: bool = True,
+          resume: tuple[int, dict] | None = None, on_epoch: Callable[[Training], None] | None = None) -> Trained:
     """Trains every lane for `epochs`; the arguments are those of `Training`.
 
     Args:
@@ -93,7 +93,8 @@ def train(features, targets: dict, lanes: Sequence[Lane], *, test=None, referenc
       on_epoch: called after every epoch, so that the caller may write `training.state()` to a checkpoint.
     """
     training = Training(features, targets, lanes, test=test, references=references, epochs=epochs, batch_size=batch_size,
-                        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, mesh=mesh, at_once=at_once)
+                        learning_rate=learning_rate, weight_decay=weight_decay, schedule=schedule, classes=classes, mesh=mesh,
+                        at_once=at_once)
     if resume is not None:
         training.load(*resume)
     bar = Progress(training.work * epochs, start=training.work * training.done, label=label) if label else None
@@ -120,6 +121,7 @@ class Training:
       references: int `[m]` by name, what the predictions are compared with.
       epochs: passes over the rows. batch_size: rows a step. weight_decay: torch's, `weight_decay * parameter` added to the gradient.
       schedule: constant | linear | cosine (both to 0 after the last step).
+      classes: their number, where labels are classes and the highest may be missing; 0 = as found.
       mesh: the devices; None = the first one. Lanes are spread over `data` x `fsdp` where their number (of one loss) divides, else
         each batch is.
       at_once: lanes of a device that are trained in one dispatch; 0 = as suits the device.
@@ -133,12 +135,12 @@ class Training:
     """
 
     def __init__(self, features, targets: dict, lanes: Sequence[Lane], *, test=None, references: dict | None = None, epochs: int = 20,
-                 batch_size: int = 100, learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "cosine", mesh=None,
-                 at_once: int = 0):
+                 batch_size: int = 100, learning_rate: float = 1e-3, weight_decay: float = 0.0, schedule: str = "cosine",
+                 classes: int = 0, mesh=None, at_once: int = 0):
         self._checks(lanes, epochs, batch_size, learning_rate, weight_decay, schedule)
         rows = Rows(features)
         rows.mean()  # finite
-        self.lanes, self.targets = tuple(lanes), Targets(targets, rows.n, {lane.labels for lane in lanes})
+        self.lanes, self.targets = tuple(lanes), Targets(targets, rows.n, {lane.labels for lane in lanes}, classes)
         for lane in self.lanes:
             if lane.noise and self.targets.classes < 2:
                 raise UserError(f"noise={lane.noise!r}: the labels have one class, expected another one to replace it by")
@@ -152,9 +154,9 @@ class Training:
         self._rates = np.float32(rate / (1 - descent.B1**t)).reshape(epochs, -1)
         self._scales = np.float32(1 / np.sqrt(1 - descent.B2**t)).reshape(epochs, -1)
         whole = mesh_lib.replicated(self.mesh)
-        half = rows.array.dtype.name == "bfloat16"
-        self._x = jax.device_put(rows.array if half else rows.aligned(), whole, may_alias=True)
+        self._x = jax.device_put(rows.array if rows.array.dtype.name == "bfloat16" else rows.aligned(), whole, may_alias=True)
         self._soft = jax.device_put(self.targets.soft, whole, may_alias=True)
+        self._likeliest = jax.device_put(self.targets.soft.argmax(axis=2).astype(np.int32), whole)
         self._test(test, references or {}, whole)
         shape = (len(self.lanes), epochs)
         self._loss, self._right = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
@@ -200,7 +202,7 @@ class Training:
             most = at_once * devices if spread == "lanes" else at_once
             size = -(-len(members) // -(-len(members) // most))
             size = -(-size // devices) * devices if spread == "lanes" else size
-            spec = descent.Spec(loss, self.mesh, spread)
+            spec = descent.Spec(loss, self.mesh, spread, bool(self.decay > 0))
             for start in range(0, len(members), size):
                 own = members[start : start + size]
                 self._groups.append(_Group(self, spec, number, own, own + own[-1:] * (size - len(own))))
@@ -223,6 +225,10 @@ class Training:
             if bar is not None:
                 bar.update(self.steps * len(group.own), loss=float(np.mean(loss / count)), accuracy=float(np.mean(right / count)))
         self.done = e + 1
+
+    def losses(self) -> np.ndarray:
+        """Mean training loss of every lane in the last epoch, `[lanes]`."""
+        return self._loss[:, self.done - 1]
 
     def state(self) -> dict:
         """All that the next epochs depend on, as nested dicts of numpy arrays: `params` `{weights [lanes, classes, d], bias}`,
@@ -330,6 +336,6 @@ class _Group:
         share = np.array([[lane.loss.coefficient(e * steps + i, total) for i in range(steps)] for lane in self.lanes], np.float32)
         lanes = {**self._labels, "order": jax.device_put(order, self._of_order), "coefficients": jax.device_put(share, self._of_lane)}
         rates, scales = (jax.device_put(a[e], self._whole) for a in (training._rates, training._scales))
-        x, soft = training._x, training._soft
-        self.carry, totals = descent.epoch(self.spec, x, soft, training.decay, rates, scales, self.carry, lanes)
+        whole = training._x, training._soft, training._likeliest, training.decay
+        self.carry, totals = descent.epoch(self.spec, *whole, rates, scales, self.carry, lanes)
         return np.asarray(totals, np.float64)

@@ -13,15 +13,18 @@ SUM = 1e-3  # how far from 1 the sum of a label's probabilities may be
 class Targets:
     """Label sets by name: classes int `[n]`, or distributions `[n, classes]`; only the `used` ones are read.
 
+    Args:
+      classes: their number, where it may be more than labels show; 0 = that of the distributions, else one more than the largest class.
+
     Attributes:
-      classes: their number; with classes alone one more than the largest.
+      classes: their number.
       soft: the distributions, float32 `[sets, n, classes]`; `[1, 1, classes]` of zeros where there are none.
 
     Raises:
       UserError: labels that are unknown, of another length, not finite, or no distributions.
     """
 
-    def __init__(self, targets: dict, n: int, used: set[str]):
+    def __init__(self, targets: dict, n: int, used: set[str], classes: int = 0):
         self._hard: dict[str, np.ndarray] = {}
         self._sets: dict[str, int] = {}
         soft, widths = [], {}
@@ -46,10 +49,13 @@ class Targets:
         if len(set(widths.values())) > 1:
             raise UserError(f"labels: {', '.join(f'{name} has {k} classes' for name, k in widths.items())}; expected one number")
         highest = {name: int(labels.max()) + 1 for name, labels in self._hard.items()}
-        self.classes = next(iter(widths.values()), max(highest.values(), default=0))
+        self.classes = classes or next(iter(widths.values()), max(highest.values(), default=0))
+        for name, count in widths.items():
+            if count != self.classes:
+                raise UserError(f"labels.{name}: {count} classes, expected {self.classes}")
         for name, count in highest.items():
             if count > self.classes:
-                raise UserError(f"labels.{name}: class {count - 1}, expected one below {self.classes}, the classes of {next(iter(widths))}")
+                raise UserError(f"labels.{name}: class {count - 1}, expected one below {self.classes}, the number of classes")
         self.soft = np.stack(soft) if len(soft) > 1 else soft[0][None] if soft else np.zeros((1, 1, self.classes), np.float32)
         self.n = n
 
