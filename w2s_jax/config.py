@@ -52,7 +52,7 @@ PROBE_ARGS: dict[str, dict] = {
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": ("finetune", "label", "ensemble", "probe", "prompt", "export", "pretrain", "vision", "vision_train", "sweep", "report",
-              "benchmark"),
+              "benchmark", "vision_benchmark"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
