@@ -54,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.stats_labels = ""  # labels whose statistics the loss takes (window's radius "midweak"); empty = those that are trained on
 
     # Loss
-    c.loss = "xent"  # xent product logconf logconf_openai logconf_eleuther entropy window kl reverse_xent reverse_kl
+    c.loss = "xent"  # xent product logconf logconf_openai logconf_eleuther entropy window adaptconf kl reverse_xent reverse_kl
     c.loss_args = ConfigDict()  # arguments of the losses; unset = the chosen loss's own default
     c.loss_args.alpha = placeholder(float)  # product: exponent of the label (1)
     c.loss_args.beta = placeholder(float)  # product: exponent of the student's prediction (1)

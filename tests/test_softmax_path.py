@@ -109,10 +109,11 @@ def test_classes_without_a_row():
     np.testing.assert_allclose(p[:, :K], softmax(path.fit_path(features, truth, [1e-2])[0].logits(features), axis=1), atol=1e-3)
 
 
-def test_limit_of_iterations_is_said():
+def test_limit_of_iterations_is_said(capfd):
     features, truth, _ = sample()
     fit = path.fit_path(features, truth, [1e-5], iterations=5)[0]
     assert not fit.converged and fit.iterations == 5 and fit.gradient_norm > path.TOLERANCE
+    assert "not converged after 5 evaluations at l2=1e-05" in capfd.readouterr().err
 
 
 FEATURES, TRUTH, SOFT = sample(40, 3)

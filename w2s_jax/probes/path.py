@@ -19,7 +19,7 @@ from w2s_jax.errors import UserError
 from w2s_jax.probes import glm, lbfgs
 from w2s_jax.probes.rows import Rows
 from w2s_jax.probes.targets import Targets
-from w2s_jax.progress import Progress
+from w2s_jax.progress import Progress, say
 
 TOLERANCE = 1e-5  # norm of the gradient, in coordinates where the curvature is about 1, at which a fit has converged
 AIM = 2e-6  # where it stops trying; float32 may show no way from TOLERANCE down to this
@@ -191,6 +191,9 @@ def _descend(data: _Data, here, l2s, tolerance: float, iterations: int, bar):
         objective = loss + l2 * float(jnp.vdot(theta[0], theta[0], precision=HIGHEST))
         if bar is not None:
             bar.update(1, loss=loss, l2=l2, evaluations=taken)
+        if norm > TOLERANCE:
+            say(f"multinomial regression: not converged after {taken} evaluations at l2={l2:g}: the gradient is {norm:.2g}, "
+                f"expected at most {TOLERANCE:g}")
         yield theta, {"objective": objective, "loss": loss, "iterations": taken, "gradient_norm": norm, "converged": norm <= TOLERANCE}
 
 
