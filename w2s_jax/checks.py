@@ -187,9 +187,11 @@ def _check_vision(c: ConfigDict) -> None:
     used = {"weak_train": not c.weak_model, "strong_train": not c.strong_model, "student_train": c.finetune}
     for key in (key for key in used if used[key]):
         part = c[key]
-        for name in ("model", "labels"):
+        for name in ("labels",) if key == "weak_train" or key == "strong_train" else ("labels", "model"):
             if part[name]:
                 raise UserError(f"config.{key}.{name}: {part[name]!r}, expected it empty: the stage vision sets it")
+        if part.model:
+            check_image_model(part.model, f"{key}.model")
         try:
             _check_values(part, flatten(shipped("vision_train")), (part.loss,))
         except UserError as error:

@@ -1,7 +1,7 @@
 """What the vision stages share: image models on a mesh, what they read of images, fingerprints.
 
 The counterpart of `workload` for images. A model is named by the name of a published checkpoint (`w2s_jax.published`), a file as its
-authors published it, or a folder or hub id in Hugging Face's format.
+authors published it, a folder or hub id in Hugging Face's format, or the directory of a finished run of `vision_train`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,24 @@ def resolve(model: str, revision: str = "main") -> hub.Folder:
     return hub.resolve(model, revision)
 
 
+def trained_run(model: str) -> runlog.LoadedRun | None:
+    """The finished run whose directory `model` is, None where it is something else. UserError: an unfinished run, or another stage's."""
+    return runlog.load_done(model, "vision_train") if hub.is_local(model) and workload.run_identity(model) else None
+
+
+def read_config(model: str, revision: str = "main") -> models.VisionConfig:
+    """What a model is, without its parameters. UserError: as `resolve` and `models.read_config`."""
+    source = trained_run(model)
+    if source is None:
+        return models.read_config(resolve(model, revision).path)
+    made = Path(source.path) / "model"
+    return models.read_config(made) if made.is_dir() else read_config(source.config.model, source.config.revision)
+
+
 def fingerprint(model: str, revision: str, planned: dict | None = None) -> str:
     """What identifies a model's content; `planned`: see `workload.fingerprint_model`."""
+    if (planned and str(model) in planned) or (hub.is_local(model) and workload.run_identity(model)):
+        return workload.fingerprint_run(model, planned)
     if model in published.PUBLISHED or os.path.isfile(os.path.expanduser(model)):
         return f"sha256:{hub.fingerprint_file(resolve(model).path)}"
     return workload.fingerprint_model(model, revision, planned)
@@ -65,12 +81,26 @@ def place(model, mesh_shape, folder: hub.Folder, seed: int = 0) -> workload.Load
 
 
 def open_model(name: str, revision: str, config, *, head: str, classes: int = 2, seed: int = 0) -> workload.Loaded:
-    """Build and load a model; `config` gives dtype, mesh, and where it trains param_dtype, remat, head_init and dropout."""
+    """Build and load a model; `config` gives dtype, mesh, and where it trains param_dtype, remat, head_init and dropout.
+
+    `head`: own | new | none, see `models.vision.build`; of a run, own is the head that was trained.
+    """
+    source = trained_run(name)
+    if source is not None:
+        whole = restore(source, config)
+        if head == "own" and whole.model.head != "none":
+            return whole
+        model = _build(config, whole.model.config, head, classes)
+        fresh = {k: jax.device_put(v, mesh_lib.replicated(whole.mesh)) for k, v in model.init_new(jax.random.key(seed)).items()}
+        return dataclasses.replace(whole, model=model, params={k: v for k, v in whole.params.items() if k != "head"} | fresh)
     folder = resolve(name, revision)
-    model = models.build(
-        models.read_config(folder.path), head=head, classes=classes, dtype=config.dtype, param_dtype=config.get("param_dtype", "float32"),
-        remat=config.get("remat", "none"), head_init=config.get("head_init", "zeros"), dropout=float(config.get("dropout", 0.0)))
-    return place(model, config.mesh, folder, seed)
+    return place(_build(config, models.read_config(folder.path), head, classes), config.mesh, folder, seed)
+
+
+def _build(config, own: models.VisionConfig, head: str, classes: int) -> models.VisionModel:
+    return models.build(own, head=head, classes=classes, dtype=config.dtype, param_dtype=config.get("param_dtype", "float32"),
+                        remat=config.get("remat", "none"), head_init=config.get("head_init", "zeros"),
+                        dropout=float(config.get("dropout", 0.0)))
 
 
 def transform(config, own: models.VisionConfig) -> images_lib.Transform:
@@ -224,25 +254,27 @@ def evaluate(logits: np.ndarray, documents: Examples) -> dict:
 
 
 def restore(source: runlog.LoadedRun, config=None) -> workload.Loaded:
-    """The model of a finished `vision_train` run, from its newest checkpoint.
+    """The model of a finished `vision_train` run on the mesh and in the types of `config` (default: the run's own): a classifier, or the
+    backbone that was pretrained. Its model/ is read where there is one, else its newest checkpoint and what it started from.
 
     Raises:
-      UserError: it has none, or its base model changed.
+      UserError: it has neither, or its base model changed.
     """
     trained = source.config
     config = trained if config is None else config
+    supervised, made = trained.objective == "supervised", Path(source.path) / "model"
+    if made.is_dir():
+        return open_model(str(made), "main", config, head="own" if supervised else "none")
     checkpoints = ckpt.Checkpoints(source.path, read_only=True)
     try:
         steps = checkpoints.steps()
-        if not steps or trained.objective != "supervised":
-            raise UserError(f"run={source.path}: has no checkpoint of a classifier (keep={trained.get('keep')!r}, objective="
-                            f"{trained.objective}); expected one with keep=params or all")
-        if not trained.model:
-            return open_model(f"{source.path}/model", "main", config, head="own")
-        loaded = open_model(trained.model, trained.revision, trained, head="new", classes=source.record["classes"], seed=trained.seed)
+        if not steps or not supervised:
+            raise UserError(f"run={source.path}: has no model/ and no checkpoint of a classifier (keep={trained.get('keep')!r}, objective="
+                            f"{trained.objective}); expected a supervised run with keep=params or all")
         now, then = fingerprint(trained.model, trained.revision), source.record["identity"]["model"]
         if now != then:
             raise UserError(f"run={source.path}: its base model {trained.model} is {now}, expected {then}: the files changed since")
+        loaded = open_model(trained.model, trained.revision, config, head="new", classes=source.record["classes"], seed=trained.seed)
         shardings, _ = mesh_lib.param_shardings(loaded.mesh, loaded.model.abstract)
         wanted, _ = split_params(loaded.model.abstract, trained.train)
         params, _ = checkpoints.restore(steps[0], ckpt.abstract(wanted, split_params(shardings, trained.train)[0]))

@@ -25,7 +25,6 @@ from w2s_jax.data import images as images_lib
 from w2s_jax.data import labels as labels_lib
 from w2s_jax.errors import UserError
 from w2s_jax.graph import Graph, variant
-from w2s_jax.models import vision as models
 from w2s_jax.probes import path as path_lib
 from w2s_jax.probes import softmax
 from w2s_jax.progress import Progress, say
@@ -45,7 +44,8 @@ def identity(config, planned: dict | None = None, prepared=None) -> dict:
         fingerprints |= {f"{key}_model": vision.fingerprint(name, revision, planned) if name else None, f"{key}_revision": None}
     used = {"weak_train": not config.weak_model, "strong_train": not config.strong_model, "student_train": config.finetune}
     for key in TRAINED_HERE:  # their images and labels are those of this run
-        fingerprints[key] = config_lib.identity(config[key], {"model": None, "labels": None} | dict.fromkeys(DATA)) if used[key] else None
+        made = vision.fingerprint(config[key].model, config[key].revision, planned) if used[key] and config[key].model else None
+        fingerprints[key] = config_lib.identity(config[key], {"model": made, "labels": None} | dict.fromkeys(DATA)) if used[key] else None
     # Losses that are not in `losses` have no say, whatever their arguments; what a loss takes is resolved by name.
     fingerprints["loss_args"] = {loss: config_lib.loss_args(_with_loss(config, loss)) for loss in config.losses}
     return config_lib.identity(config, fingerprints)
@@ -73,9 +73,9 @@ def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared |
     classes = prepared.images.n_classes
     for key in ("weak", "strong"):  # what cannot be used is refused before anything is written
         if config[f"{key}_model"]:
-            found = models.read_config(vision.resolve(config[f"{key}_model"], config[f"{key}_revision"]).path)
-            if key == "weak" and found.classes != classes:
-                has = f"gives {found.classes} classes" if found.classes else "has no classifier"
+            found = _outputs(config[f"{key}_model"], config[f"{key}_revision"])
+            if key == "weak" and found != classes:
+                has = f"gives {found} classes" if found else "has no classifier"
                 raise UserError(f"config.weak_model: {config.weak_model!r} {has}, the images have {classes}; expected as many (config.classes "
                                 "names all classes that a model knows, where a folder holds some of them)")
     with vision.precision(config), Run.open(workdir, config, ident, rerun=rerun) as run_:
@@ -94,6 +94,14 @@ def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared |
                                               "n_test": results["n_test"]}):
         say(warning)
     return results
+
+
+def _outputs(model: str, revision: str) -> int:
+    """Classes that a model's own head gives, 0 where it has none."""
+    source = vision.trained_run(model)
+    if source is None:
+        return vision.read_config(model, revision).classes
+    return source.record["classes"] if source.config.objective == "supervised" else 0
 
 
 class _Experiment:
@@ -149,20 +157,16 @@ class _Experiment:
     # ---------------------------------------------------------------- networks, labels, features
 
     def _network(self, template: str, name: str, **keys) -> str:
-        """A network that is trained here, once; the folder of its model."""
+        """A network that is trained here, once; its run."""
         base = variant(self.config[template], **{key: self.config[key] for key in DATA} | keys)
         node = self.graph.add("runs", name, base)
         stages.run(base, self.graph.path(node), prepared=self.prepared, rerun=self.rerun)
-        return f"{self.graph.path(node)}/model"
+        return self.graph.path(node)
 
     def _read(self, model: str, revision: str, reading: str, head: str):
         """`rows -> float32 [rows, width]` of a model, after one pass over the images that lack it."""
         config = self.config
-        folder = vision.resolve(model, revision)
-        own = models.read_config(folder.path)
-        if head == "own" and own.classes != self.images.n_classes:
-            raise UserError(f"{model}: gives {own.classes} classes, expected {self.images.n_classes}")
-        loader = vision.loader(config, self.images, own)
+        loader = vision.loader(config, self.images, vision.read_config(model, revision))
         place = config.features or epath.Path(self.run_.path) / "features"
         store = vision.Store(place, vision.fingerprint(model, revision), str(model), reading=reading, pixels=loader.transform.fingerprint,
                              dtype=config.dtype, matmul_precision=config.matmul_precision)
