@@ -51,7 +51,8 @@ PROBE_ARGS: dict[str, dict] = {
 
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("finetune", "label", "ensemble", "probe", "prompt", "export", "pretrain", "vision", "vision_train", "sweep", "report", "benchmark"),
+    "stage": ("finetune", "label", "ensemble", "probe", "prompt", "export", "pretrain", "vision", "vision_train", "sweep", "report",
+              "benchmark"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
@@ -84,7 +85,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
 EXECUTION = (
     "mesh", "microbatch_size", "remat", "attention", "steps_per_dispatch", "logger", "log_every", "eval_every",
     "checkpoint_every", "keep", "eval_batch_size", "features", "workers", "pictures", "predictions", "workdir",
+    "bad_images",  # error ends a run where skip leaves something out: a run that is done has the same results with both
 )  # fmt: skip
+# The networks that the stage vision trains, and what it gives them: its own keys, and what it sets by itself.
+NETWORKS = ("weak_train", "strong_train", "student_train")
+GIVEN = (
+    "data_seed", "dataset", "data_dir", "dataset_split", "classes", "bad_images", "n_weak", "n_train", "n_test", "resize", "crop",
+    "interpolation", "dtype", "matmul_precision", "eval_batch_size", "workers", "mesh",
+)  # fmt: skip
+SET = {
+    "weak_train": ("model", "revision", "labels", "seed"), "strong_train": ("model", "revision", "labels"),
+    "student_train": ("model", "revision", "labels", "seed", "loss", "loss_args", "arch"),
+}  # fmt: skip
 # Keys whose content counts, not their name: an identity holds a fingerprint in their place.
 CONTENT = ("model", "task", "labels", "stats_labels", "run", "corpus", "tokenizer")
 NAMES_OF_CONTENT = ("revision", "task_dir", "task_revision")  # where the content was found; covered by its fingerprint

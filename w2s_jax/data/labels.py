@@ -84,9 +84,13 @@ def log(probs: np.ndarray) -> np.ndarray:
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """float32 probabilities `[n, classes]`, computed in double."""
-    shifted = np.asarray(logits, np.float64) - np.max(logits, axis=1, keepdims=True)
-    exp = np.exp(shifted)
-    return (exp / exp.sum(axis=1, keepdims=True)).astype(np.float32)
+    logits = np.asarray(logits)
+    out = np.empty(logits.shape, np.float32)
+    for start in range(0, len(out), 256):  # a block's doubles stay in the cache
+        exp = logits[start : start + 256].astype(np.float64)
+        exp = np.exp(exp - exp.max(axis=1, keepdims=True))
+        out[start : start + 256] = exp / exp.sum(axis=1, keepdims=True)
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +194,8 @@ def _columns(file: str, table):
 
     names, text, floating = set(table.column_names), (pa.lib.Type_STRING, pa.lib.Type_LARGE_STRING), (pa.lib.Type_FLOAT, pa.lib.Type_DOUBLE)
     lists = (pa.lib.Type_LIST, pa.lib.Type_LARGE_LIST, pa.lib.Type_FIXED_SIZE_LIST)
-    wanted = {"id": text, "probs": lists, **({"text_sha": text} if "text_sha" in names else {}), **({"weight": floating} if "weight" in names else {})}
+    wanted = {"id": text, "probs": lists}
+    wanted |= {name: fits for name, fits in (("text_sha", text), ("weight", floating)) if name in names}
     if not len(table) or not wanted.keys() <= names or not all(usual(name, fits) for name, fits in wanted.items()):
         return None
     if table.schema.field("probs").type.value_type.id not in floating:
@@ -249,13 +254,18 @@ def _probabilities(row: Row, kind: str) -> np.ndarray:
     return p
 
 
-def attach(examples: Examples, path, dropped: frozenset[str] = frozenset()) -> Examples:
+WHY = ("task, data_seed, n_train, split and group must be those of the labelled run; a document that was over-long for it has no label, "
+       "unless overlong=truncate")
+
+
+def attach(examples: Examples, path, dropped: frozenset[str] = frozenset(), *, things: str = "documents", why: str = WHY) -> Examples:
     """The same documents with the soft labels (and weights, if there are) of `path` (or of `Labels`), matched by id and text.
 
     Raises UserError, with the count and the first example, where documents have no label, labels have no
     document (those of the `dropped` ids excepted, which the run itself left out and counted), or a label was made
-    for another text.
+    for another text. `things` and `why` are words of this message: what the examples are, and what the reason may be.
     """
+    thing = things.removesuffix("s")
     given = path if isinstance(path, Labels) else read(path)
     at = {i: row for row, i in enumerate(given.ids)}
     wanted = set(examples.ids)
@@ -263,16 +273,14 @@ def attach(examples: Examples, path, dropped: frozenset[str] = frozenset()) -> E
     surplus = [i for i in given.ids if i not in wanted and i not in dropped]
     problems = []
     if absent:
-        problems.append(f"{len(absent)} of {len(examples)} documents have no label, the first {absent[0]!r}")
+        problems.append(f"{len(absent)} of {len(examples)} {things} have no label, the first {absent[0]!r}")
     if surplus:
-        problems.append(f"{len(surplus)} of {len(at)} labels have no document, the first {surplus[0]!r}")
+        problems.append(f"{len(surplus)} of {len(at)} labels have no {thing}, the first {surplus[0]!r}")
     if given.text_shas is not None:
         other = [i for i, sha in zip(examples.ids, examples.text_shas) if i in at and given.text_shas[at[i]] != sha]
         if other:
-            problems.append(f"{len(other)} labels were made for another text, the first {other[0]!r}")
+            problems.append(f"{len(other)} labels were made for another {'text' if thing == 'document' else thing}, the first {other[0]!r}")
     if problems:
-        raise UserError(f"labels: {given.path} does not fit the data: {'; '.join(problems)} "
-                        "(task, data_seed, n_train, split and group must be those of the labelled run; a document that was over-long for "
-                        "it has no label, unless overlong=truncate)")
+        raise UserError(f"labels: {given.path} does not fit the data: {'; '.join(problems)} ({why})")
     rows = [at[i] for i in examples.ids]
     return examples.replace(soft_labels=given.probs[rows], weights=None if given.weights is None else given.weights[rows])

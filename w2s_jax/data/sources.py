@@ -97,7 +97,8 @@ def read_file(path, split: str | None = None) -> Source:
 
 
 def read_table(path, columns: tuple[str, ...]):
-    """The `pyarrow.Table` of a parquet file, gzipped or not, with those of `columns` that it has; None where it is of another form or empty."""
+    """The `pyarrow.Table` of a parquet file, gzipped or not, with those of `columns` that it has; None for a file of another form, or
+    an empty one."""
     path, _, form = _named(path)
     raw = _content(path)[0] if form == ".parquet" else b""
     return _table(raw, str(path), columns) if raw.strip() else None
