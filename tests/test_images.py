@@ -130,7 +130,7 @@ def test_bad_images_are_named(tmp_path, kind):
     files = classes({"a": 3, "b": 3}) | {"b/000.jpeg": data}
     images = open_images(str(write_folder(tmp_path / "set", files)))
     row = images.ids.index("b/000.jpeg")
-    with pytest.raises(UserError, match=f"b/000.jpeg: .*{reason}.*bad=skip"):
+    with pytest.raises(UserError, match=f"b/000.jpeg: .*{reason}.*bad_images=skip"):
         Loader(images, Transform(8, 8)).pixels(range(len(images)))
     loader = Loader(images, Transform(8, 8), bad="skip")
     got = loader.pixels(range(len(images)))

@@ -133,7 +133,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
     ({"id": None}, "expected the columns id and probs"),
     ({"weight": [1.0, -0.5, 1.0]}, "row 1: column 'weight' is -0.5, expected a number of 0 or more"),
     ({"weight": [1.0, 1.0, float("nan")]}, "row 2: column 'weight' is NaN"),
-    ({"weight": [0.0, 0.0, 0.0]}, "every document has weight 0"),
+    ({"weight": [0.0, 0.0, 0.0]}, "every row has weight 0"),
 ])
 def test_labels_that_do_not_fit(tmp_path, examples, changes, message):
     path = write(tmp_path / "labels.jsonl", rows(**changes))

@@ -15,6 +15,6 @@ def load(run_dir):
     def open_model(run):
         from w2s_jax import vision, workload  # import jax: only who asks for the model waits for it
 
-        return (vision if run.config.get("stage") == "vision_train" else workload).restore(run)
+        return (vision if run.config.get("stage") in ("vision", "vision_train") else workload).restore(run)
 
     return LoadedRun(run_dir, open_model)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from w2s_jax import config as configs
 from w2s_jax import logger
 from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, PROBE_ARGS, check_store, describe, flatten, folder, key_type, shipped
 from w2s_jax.errors import UserError, nearest
@@ -105,8 +106,7 @@ def _check_paths(c: ConfigDict) -> None:
             check_store(f"config.{key}", c[key])
     if c.get("task"):
         check_task(c.task, c.get("task_dir", ""))
-    if c.get("features") and "://" not in c.features and Path(c.features).expanduser().is_file():
-        raise UserError(f"config.features: {c.features!r} is a file, expected a folder")
+    _check_features(c)
     if c.get("model") and not (c.get("stage") == "probe" and c.run):  # the run names its own model
         (check_image_model if c.stage == "vision_train" else check_model)(c.model)
     if c.get("tokenizer") and is_path(c.tokenizer) and not Path(c.tokenizer).expanduser().is_dir():
@@ -125,6 +125,12 @@ def _check_paths(c: ConfigDict) -> None:
             _check_run(str(name), "runs")
     if "corpus" in c and c.corpus != "world" and not c.tokenizer and not c.model:
         raise UserError(f"config.tokenizer: '', expected a hub id or a local folder, since config.corpus={c.corpus!r} brings none")
+
+
+def _check_features(c: ConfigDict) -> None:
+    check_store("config.features", c.get("features") or "")
+    if c.get("features") and "://" not in c.features and Path(c.features).expanduser().is_file():
+        raise UserError(f"config.features: {c.features!r} is a file, expected a folder")
 
 
 def _check_run(name: str, key: str) -> None:
@@ -170,10 +176,12 @@ def _check_sweep(c: ConfigDict) -> None:
 
 def _check_vision(c: ConfigDict) -> None:
     """The keys of an image experiment, and the configs of the networks that it trains."""
-    _check_values(c, flatten(shipped("vision")), ("xent", *c.losses))
     for key in ("seeds", "losses"):
-        if not c[key] or len(set(c[key])) < len(c[key]):
-            raise UserError(f"config.{key}: {tuple(c[key])}, expected at least one, each once")
+        if not c[key]:
+            raise UserError(f"config.{key}: is empty, expected at least one")
+    for key in ("seeds", "losses", "noise"):
+        if len(set(c[key])) < len(c[key]):
+            raise UserError(f"config.{key}: {tuple(c[key])} names one twice, expected each once")
     for seed in c.seeds:
         _in_range("seeds", seed, RANGES["seed"], whole=True)
     for loss in c.losses:
@@ -184,24 +192,34 @@ def _check_vision(c: ConfigDict) -> None:
         _in_range("l2", l2, RANGES["probe_args.l2"])
     if list(c.l2) != sorted(set(c.l2), reverse=True):
         raise UserError(f"config.l2: {tuple(c.l2)}, expected penalties from the largest to the smallest, each once")
-    used = {"weak_train": not c.weak_model, "strong_train": not c.strong_model, "student_train": c.finetune}
-    for key in (key for key in used if used[key]):
-        part = c[key]
-        for name in ("labels",) if key == "weak_train" or key == "strong_train" else ("labels", "model"):
-            if part[name]:
-                raise UserError(f"config.{key}.{name}: {part[name]!r}, expected it empty: the stage vision sets it")
-        if part.model:
-            check_image_model(part.model, f"{key}.model")
-        try:
-            _check_values(part, flatten(shipped("vision_train")), (part.loss,))
-        except UserError as error:
-            raise UserError(str(error).replace("config.", f"config.{key}.", 1)) from error
-    if used["weak_train"] and not c.n_weak:
+    _check_values(c, flatten(shipped("vision")), ("xent", *c.losses))
+    for key, is_used in zip(configs.NETWORKS, (not c.weak_model, not c.strong_model, c.finetune)):
+        if is_used:
+            _check_network(c, key)
+    if not c.weak_model and not c.n_weak:
         raise UserError("config.n_weak: 0, expected images for weak_train, since config.weak_model is empty")
     for key in ("weak_model", "strong_model"):
         if c[key]:
             check_image_model(c[key], key)
-    check_store("config.features", c.features)
+    _check_features(c)
+
+
+def _check_network(c: ConfigDict, key: str) -> None:
+    """The config of a network that an image experiment trains: what the experiment sets stands there as it is shipped."""
+    part, usual = c[key], flatten(shipped("vision_train"))
+    for name, value in flatten(part).items():
+        owner = name.split(".")[0]
+        if owner in (*configs.GIVEN, *configs.SET[key]) and value != usual[name]:
+            by = f"config.{name} of the experiment" if owner in configs.GIVEN else "the experiment"
+            raise UserError(f"config.{key}.{name}: {value!r} is set, but {by} sets it; expected {usual[name]!r}")
+    if key != "strong_train" and part.objective != "supervised":
+        raise UserError(f"config.{key}.objective: {part.objective!r}, expected supervised: it learns from labels")
+    if key == "student_train" and part.split != "train":
+        raise UserError(f"config.{key}.split: {part.split!r}, expected train: its labels are of that part")
+    try:
+        _check_values(part, usual, (part.loss,))
+    except UserError as error:
+        raise UserError(str(error).replace("config.", f"config.{key}.", 1)) from error
 
 
 def _choose(key: str, value, choices: tuple[str, ...]) -> None:
@@ -277,6 +295,12 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
         raise UserError(f"config.layer: {c.layer!r}, expected middle, last or a number of 0 (embeddings) or more; all with mode=extract")
     if c.get("mode") == "extract" and c.labels:
         raise UserError(f"config.labels: {c.labels!r}, but mode=extract has no use for labels")
+    if c.get("objective") == "contrastive":
+        for key, none in (("labels", ""), ("train", "full"), ("dropout", 0.0)):
+            if c[key] != none:
+                raise UserError(f"config.{key}: {c[key]!r}, but config.objective=contrastive has no use for it; expected {none!r}")
+        if c.batch_size < 2:
+            raise UserError(f"config.batch_size: {c.batch_size}, expected 2 or more images to tell apart for config.objective=contrastive")
     if c.get("stage") == "prompt":
         if c.template and (c.template.count("{text}") != 1 or c.template.count("{answer}") != 1 or not c.template.endswith("{answer}")):
             raise UserError(f"config.template: {c.template!r}, expected {{text}} once and {{answer}} once, at the end")

@@ -26,7 +26,7 @@ class Corpus(abc.ABC):
       counts: each document's share of the loss's denominator: ones, or its predicted tokens.
       ids: names for messages.
       weights: of each document's term of the loss, above 0, float32 `[documents]`; None = all 1.
-      unit: what a document's size counts, in metrics and progress bars.
+      unit: what a document's size counts, in metrics and progress bars. things: what its documents are, in messages.
     """
 
     labels: np.ndarray
@@ -34,6 +34,7 @@ class Corpus(abc.ABC):
     ids: list[str]
     weights: np.ndarray | None
     unit: ClassVar[str]
+    things: ClassVar[str] = "documents"
 
     @property
     @abc.abstractmethod
@@ -88,6 +89,7 @@ class Images(Corpus):
     ids: list[str]
     weights: np.ndarray | None = None
     unit: ClassVar[str] = "images"
+    things: ClassVar[str] = "images"
 
     @property
     def counts(self) -> np.ndarray:

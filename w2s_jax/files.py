@@ -84,8 +84,8 @@ def read_json(path) -> dict:
     return value
 
 
-def parquet_table(raw: bytes):
-    """The `pyarrow.Table` of a parquet file's content.
+def parquet_table(raw: bytes, columns: tuple[str, ...] | None = None):
+    """The `pyarrow.Table` of a parquet file's content, of those of `columns` that it has (None: of all).
 
     On this thread alone (`pyarrow.parquet.read_table` starts others whatever it is asked): a pool thread of Arrow that still
     holds a Python object when the interpreter ends aborts the process, whatever its exit code would have been
@@ -94,4 +94,6 @@ def parquet_table(raw: bytes):
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(pa.BufferReader(raw), pre_buffer=False).read(use_threads=False)
+    file = ParquetFile(pa.BufferReader(raw), pre_buffer=False)
+    wanted = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
+    return file.read(wanted, use_threads=False)

@@ -275,12 +275,20 @@ def help_text(spec: tuple[str, str | None] | None) -> str:
     comments |= {k: v for k, v in own.items() if k not in comments}
     lines += ["", textwrap.indent(_docstring(file), "  "), "", f"keys of {spec[0]}:"]
     rows, flat = [], configs.flatten(config)
+    for prefix in (p for p in sources if p):
+        flat = {k: v for k, v in flat.items() if not k.startswith(prefix) or not _set_elsewhere(prefix[:-1], k.removeprefix(prefix))}
+        headings |= {next(k for k in flat if k.startswith(prefix)): prefix[:-1]}
     for key in [*(k for k in comments if k in flat), *(k for k in flat if k not in comments)]:
         if key in headings:
             lines += [*_table(rows), "", f"  {headings[key]}"]
             rows = []
         rows.append((f"--config.{key}={_shown(flat[key])}", comments.get(key, "")))
     return "\n".join(lines + _table(rows))
+
+
+def _set_elsewhere(network: str, key: str) -> bool:
+    """Whether the stage vision gives this key to a network that it trains: then it is no key of the user's."""
+    return network in configs.NETWORKS and key.split(".")[0] in ("stage", *configs.GIVEN, *configs.SET[network])
 
 
 def _shown(value) -> str:

@@ -243,16 +243,16 @@ def evaluate(logits: np.ndarray, labels: np.ndarray, groups: Sequence[str] | Non
     }
 
 
-def small_test_warning(results: dict, limit: float = 0.05) -> str:
-    """One line where the accuracy's interval is wider than +-`limit`, else "". `results` as `evaluate` gives it."""
+def small_test_warning(results: dict, limit: float = 0.05, things: str = "documents") -> str:
+    """One line where the accuracy's interval is wider than +-`limit`, else "". `results` as `evaluate` gives it; `things`: tested on."""
     n, ci = results["n_test"], results["accuracy_ci"]
     if ci is None:
-        return f"the test set ({n} documents, one group) is too small for an error bar"
+        return f"the test set ({n} {things}, one group) is too small for an error bar"
     half = (ci[1] - ci[0]) / 2
     if half <= limit:
         return ""
     needed = int(np.ceil(n * (half / limit) ** 2))  # the half-width falls with the root of n
-    return (f"the test set is small: {n} documents leave the accuracy at {results['accuracy']:.3f} +- {half:.3f}; "
+    return (f"the test set is small: {n} {things} leave the accuracy at {results['accuracy']:.3f} +- {half:.3f}; "
             f"about {needed} would give +- {limit:g}")
 
 

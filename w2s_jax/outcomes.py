@@ -61,12 +61,12 @@ def shown(path) -> str:
     return "/".join((parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts)[-2:])
 
 
-def summary(results: dict) -> str:
-    """The line that a finished run prints."""
+def summary(results: dict, things: str = "documents") -> str:
+    """The line that a finished run prints; `things`: what it was tested on."""
     if "accuracy" not in results:
-        return f"{results.get('n_test', 0)} documents"
+        return f"{results.get('n_test', 0)} {things}"
     low, high = results["accuracy_ci"] or (float("nan"), float("nan"))
-    line = (f"accuracy {results['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {results['n_test']} documents "
+    line = (f"accuracy {results['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {results['n_test']} {things} "
             f"(majority {results['majority_baseline']:.3f})")
     return line + (f", AUROC {results['auroc']:.3f}" if results.get("auroc") is not None else "")
 

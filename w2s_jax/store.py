@@ -49,13 +49,15 @@ class Source(abc.ABC):
       ids: names for messages.
       keys: by which each is known in the store; "" = not to be kept (an image that turned out to be broken).
       width: numbers of a row.
-      unit: of progress bars.
+      label, unit: of progress bars. things, what: what is read, and what is read of it, in messages.
     """
 
     ids: list[str]
     keys: list[str]
     width: int
+    label: str = "features"
     unit: str = "doc"
+    things: str = "documents"
     what: str = "hidden states"
 
     @abc.abstractmethod
@@ -74,6 +76,13 @@ class Source(abc.ABC):
     def columns(self, order: np.ndarray) -> dict[str, list]:
         """What index.json says of the rows; `ids` and `keys` under whatever names."""
         return {"ids": [self.ids[d] for d in order], self.key_column: [self.keys[d] for d in order]}
+
+    def noted(self) -> dict:
+        """What a pass that goes on after this one was killed must know: JSON, for `recall`."""
+        return {}
+
+    def recall(self, noted: dict) -> None:  # noqa: B027 (nothing to do for most)
+        """Takes over what `noted` gave."""
 
     key_column: str = "keys"
 
@@ -155,7 +164,7 @@ class Store:
             raise UserError(f"{file}: is damaged ({error}); delete {part} and run again") from None
         if array.dtype != np.float32 or array.shape != (len(index[self.key_column]), index["embed"]):
             raise UserError(f"{file}: is {array.dtype} {list(array.shape)}, expected float32 "
-                            f"{[len(index['token_shas']), index['embed']]}; delete {part} and run again")
+                            f"{[len(index[self.key_column]), index['embed']]}; delete {part} and run again")
         return array
 
 
@@ -202,12 +211,13 @@ class _Pass:
 
     def _compute(self, done: int, rows: int, files: list, target: Path) -> None:
         saved = time.monotonic()
-        with Progress(self.documents, start=rows, label="features", unit=self.source.unit) as progress:
+        with Progress(self.documents, start=rows, label=self.source.label, unit=self.source.unit) as progress:
             for number, (documents, found) in enumerate(self.source.outputs(self.layers, done, self.stats, progress), done + 1):
                 found = np.asarray(found[:, documents >= 0], "<f4")
                 if not np.isfinite(found).all():
                     bad = self.source.ids[documents[documents >= 0][np.argmin(np.isfinite(found).all((0, 2)))]]
-                    raise UserError(f"the model's {self.source.what} are not finite, first for document {bad!r}")
+                    thing = self.source.things.removesuffix("s")
+                    raise UserError(f"the model's {self.source.what} are not finite, first for {thing} {bad!r}")
                 for file, layer in zip(files, found):
                     file.write(np.ascontiguousarray(layer).data)
                 self.stats["batches"] = self.stats.get("batches", 0) + 1
@@ -215,7 +225,7 @@ class _Pass:
                 if time.monotonic() - saved >= SECONDS:
                     for file in files:
                         _sync(file)
-                    write_json(target / PROGRESS, {"batches": number})
+                    write_json(target / PROGRESS, {"batches": number, "noted": self.source.noted()})
                     saved = time.monotonic()
 
     def _header(self) -> bytes:
@@ -226,12 +236,16 @@ class _Pass:
     def _done(self, target: Path, ends: np.ndarray) -> int:
         """The batches of this pass that lie there from an attempt that was killed."""
         try:
-            done = read_json(target / PROGRESS)["batches"]
+            said = read_json(target / PROGRESS)
+            done = said["batches"]
             sizes = [(target / layer_file(layer)).stat().st_size for layer in self.layers]
         except (UserError, OSError, KeyError):
             return 0
         known = isinstance(done, int) and 0 < done <= len(ends)
-        return done if known and min(sizes) >= len(self._header()) + int(ends[done - 1]) * self.width * 4 else 0
+        if not known or min(sizes) < len(self._header()) + int(ends[done - 1]) * self.width * 4:
+            return 0
+        self.source.recall(said.get("noted") or {})
+        return done
 
     @contextlib.contextmanager
     def _open(self, file: Path, rows: int):
@@ -249,7 +263,7 @@ class _Pass:
         needed, free = len(self.layers) * self.documents * self.width * 4, shutil.disk_usage(target).free
         if needed > free + sum(f.stat().st_size for f in target.glob("*.npy")):
             raise UserError(f"config.features: {target} has room for {free / 1e9:.3g} GB, expected {needed / 1e9:.3g} GB for "
-                            f"{self.documents} documents x {len(self.layers)} layers x {self.width} features")
+                            f"{self.documents} {self.source.things} x {len(self.layers)} layers x {self.width} features")
 
 
 def _sync(file) -> None:

@@ -254,7 +254,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
             for s, (value, right) in zip(steps_, metrics):
                 if not np.isfinite(value):
                     names = [corpus.ids[d] for d in plan.batches[s]]
-                    raise UserError(f"loss: {value} at step {s}, expected a finite number; documents of the batch ({len(names)}): "
+                    raise UserError(f"loss: {value} at step {s}, expected a finite number; {corpus.things} of the batch ({len(names)}): "
                                     f"{', '.join(names[:3])} ...; try a lower learning_rate, grad_clip, or another loss")
                 row = {"step": int(s), "progress": s / total, "loss": float(value)}
                 if corpus.labels.shape[1] > 1:

@@ -1,7 +1,7 @@
 """What the vision stages share: image models on a mesh, what they read of images, fingerprints.
 
 The counterpart of `workload` for images. A model is named by the name of a published checkpoint (`w2s_jax.published`), a file as its
-authors published it, a folder or hub id in Hugging Face's format, or the directory of a finished run of `vision_train`.
+authors published it, or a folder or hub id in Hugging Face's format.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import jax
 import numpy as np
 
 from w2s_jax import checkpoint as ckpt
+from w2s_jax import config as config_lib
 from w2s_jax import feeding, forward, hub, metrics, published, runlog, store, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import images as images_lib
+from w2s_jax.data import packing
 from w2s_jax.data.examples import Examples, one_hot
 from w2s_jax.errors import UserError
 from w2s_jax.models import vision as models
+from w2s_jax.progress import say
 from w2s_jax.trainable import merge_params, split_params
 
 FORMAT = 1
 FORWARD_PIXELS = {"cpu": 3_000_000}  # of the images of a forward pass on one device; others take _FORWARD_PIXELS
 _FORWARD_PIXELS = 25_000_000
+SUPERVISED = ("loss", "loss_args", "train", "head_init", "labels")  # keys that say nothing of contrastive pretraining
 MAX_BATCH = 512  # images of a forward pass, however small
 
 
@@ -44,24 +48,8 @@ def resolve(model: str, revision: str = "main") -> hub.Folder:
     return hub.resolve(model, revision)
 
 
-def trained_run(model: str) -> runlog.LoadedRun | None:
-    """The finished run whose directory `model` is, None where it is something else. UserError: an unfinished run, or another stage's."""
-    return runlog.load_done(model, "vision_train") if hub.is_local(model) and workload.run_identity(model) else None
-
-
-def read_config(model: str, revision: str = "main") -> models.VisionConfig:
-    """What a model is, without its parameters. UserError: as `resolve` and `models.read_config`."""
-    source = trained_run(model)
-    if source is None:
-        return models.read_config(resolve(model, revision).path)
-    made = Path(source.path) / "model"
-    return models.read_config(made) if made.is_dir() else read_config(source.config.model, source.config.revision)
-
-
 def fingerprint(model: str, revision: str, planned: dict | None = None) -> str:
     """What identifies a model's content; `planned`: see `workload.fingerprint_model`."""
-    if (planned and str(model) in planned) or (hub.is_local(model) and workload.run_identity(model)):
-        return workload.fingerprint_run(model, planned)
     if model in published.PUBLISHED or os.path.isfile(os.path.expanduser(model)):
         return f"sha256:{hub.fingerprint_file(resolve(model).path)}"
     return workload.fingerprint_model(model, revision, planned)
@@ -81,26 +69,12 @@ def place(model, mesh_shape, folder: hub.Folder, seed: int = 0) -> workload.Load
 
 
 def open_model(name: str, revision: str, config, *, head: str, classes: int = 2, seed: int = 0) -> workload.Loaded:
-    """Build and load a model; `config` gives dtype, mesh, and where it trains param_dtype, remat, head_init and dropout.
-
-    `head`: own | new | none, see `models.vision.build`; of a run, own is the head that was trained.
-    """
-    source = trained_run(name)
-    if source is not None:
-        whole = restore(source, config)
-        if head == "own" and whole.model.head != "none":
-            return whole
-        model = _build(config, whole.model.config, head, classes)
-        fresh = {k: jax.device_put(v, mesh_lib.replicated(whole.mesh)) for k, v in model.init_new(jax.random.key(seed)).items()}
-        return dataclasses.replace(whole, model=model, params={k: v for k, v in whole.params.items() if k != "head"} | fresh)
+    """Build and load a model; `config` gives dtype, mesh, and where it trains param_dtype, remat, head_init and dropout."""
     folder = resolve(name, revision)
-    return place(_build(config, models.read_config(folder.path), head, classes), config.mesh, folder, seed)
-
-
-def _build(config, own: models.VisionConfig, head: str, classes: int) -> models.VisionModel:
-    return models.build(own, head=head, classes=classes, dtype=config.dtype, param_dtype=config.get("param_dtype", "float32"),
-                        remat=config.get("remat", "none"), head_init=config.get("head_init", "zeros"),
-                        dropout=float(config.get("dropout", 0.0)))
+    model = models.build(
+        models.read_config(folder.path), head=head, classes=classes, dtype=config.dtype, param_dtype=config.get("param_dtype", "float32"),
+        remat=config.get("remat", "none"), head_init=config.get("head_init", "zeros"), dropout=float(config.get("dropout", 0.0)))
+    return place(model, config.mesh, folder, seed)
 
 
 def transform(config, own: models.VisionConfig) -> images_lib.Transform:
@@ -114,6 +88,51 @@ def transform(config, own: models.VisionConfig) -> images_lib.Transform:
 def loader(config, images: images_lib.ImageSet, own: models.VisionConfig) -> images_lib.Loader:
     """The images as a model sees them."""
     return images_lib.Loader(images, transform(config, own), workers=config.workers, bad=config.bad_images)
+
+
+# --------------------------------------------------------------------------- what a run of vision_train is
+
+
+def new_vit(config, images: images_lib.ImageSet) -> tuple[models.VisionConfig, images_lib.Loader]:
+    """The vision transformer of `config.arch`, and the images as it sees them.
+
+    Raises:
+      UserError: they are no squares, or smaller than a patch.
+    """
+    usual = "bilinear" if config.interpolation == "auto" else config.interpolation
+    whole = images_lib.Transform(max(config.resize, 0), max(config.crop, 0), usual)
+    seen = images_lib.Loader(images, whole, workers=config.workers, bad=config.bad_images)
+    height, width = seen.size
+    if height != width:
+        raise UserError(f"config.crop: {config.crop}, but the images are {width} x {height} pixels; expected a crop: a new model sees "
+                        "squares")
+    if config.arch.patch > height:
+        raise UserError(f"config.arch.patch: {config.arch.patch}, but the images are {width} x {height} pixels; expected at most {height}")
+    sizes = {key: config.arch[key] for key in ("width", "layers", "heads", "mlp", "patch")}
+    return models.new_vit(image=height, resize=whole.resize, interpolation=whole.interpolation, **sizes), seen
+
+
+def orders(config, n: int) -> list[np.ndarray]:
+    """The batches of a run over `n` images.
+
+    Raises:
+      UserError: there is none, or none is left after the warm-up.
+    """
+    if not n:
+        raise UserError(f"split={config.split}: has no images; expected config.n_weak above 0")
+    found = packing.batch_stream(n, config.batch_size, config.epochs, config.shuffle, config.seed)
+    if not found:
+        raise UserError(f"batch_size={config.batch_size}: {n} training images x {config.epochs:g} epochs do not fill one batch; expected "
+                        f"at most {int(n * config.epochs)}")
+    if config.warmup_steps >= len(found):
+        raise UserError(f"warmup_steps={config.warmup_steps}: expected fewer than the run's {len(found)} steps")
+    return found
+
+
+def identity(config, fingerprints: dict) -> dict:
+    """What a run of vision_train is; keys that its objective has no use for are None."""
+    unused = SUPERVISED if config.objective == "contrastive" else ("contrast",)
+    return config_lib.identity(config, fingerprints | dict.fromkeys(unused))
 
 
 # --------------------------------------------------------------------------- forward passes
@@ -167,7 +186,7 @@ def predict(config, model, params, loader_: images_lib.Loader, rows: np.ndarray,
 class Images(store.Source):
     """Images as a model reads them: `reading` = logits | features."""
 
-    unit = "img"
+    unit, things = "img", "images"
     key_column = "image_shas"
 
     def __init__(self, config, loaded: workload.Loaded, loader_: images_lib.Loader, rows, reading: str):
@@ -175,7 +194,7 @@ class Images(store.Source):
         images, model = loader_.images, loaded.model
         self.ids, self.keys = [images.ids[r] for r in self.rows], [images.shas[r] for r in self.rows]
         self.width = model.classes if reading == "logits" else model.config.embed
-        self.what = reading
+        self.what = self.label = reading
 
     def select(self, rows) -> Images:
         return Images(self.config, self.loaded, self.loader, self.rows[np.asarray(rows)], self.reading)
@@ -192,6 +211,15 @@ class Images(store.Source):
         for batch, values in forward.passes((model, self.reading), read, self.loaded.params, made, mesh, stats=stats, progress=progress):
             yield batch.documents, values[None]
 
+    def noted(self) -> dict:
+        """The images that could not be decoded so far."""
+        return {"bad": {self.keys[place]: self.loader.bad[int(row)] for place, row in enumerate(self.rows) if int(row) in self.loader.bad}}
+
+    def recall(self, noted: dict) -> None:
+        for place, row in enumerate(self.rows):
+            if reason := noted.get("bad", {}).get(self.keys[place]):
+                self.loader.found_bad(int(row), reason)
+
     def columns(self, order) -> dict[str, list]:
         """An image that could not be decoded is not kept: another run tries it again."""
         for place, row in enumerate(self.rows):
@@ -207,8 +235,8 @@ class Store(store.Store):
 
     def __init__(self, folder, model: str, name: str, *, reading: str, pixels: str, dtype: str, matmul_precision: str):
         short = name.split("/")[-2] if name.endswith("/model") and "/" in name.removesuffix("/model") else Path(name).stem
-        super().__init__(folder, f"{short}-{reading}", {"format": FORMAT, "model": model, "reading": reading, "pixels": pixels, "dtype": dtype,
-                                                        "matmul_precision": matmul_precision})
+        super().__init__(folder, f"{short}-{reading}", {"format": FORMAT, "model": model, "reading": reading, "pixels": pixels,
+                                                        "dtype": dtype, "matmul_precision": matmul_precision})
         self.reading = reading
 
     def missing(self, images: images_lib.ImageSet, rows) -> int:
@@ -218,6 +246,46 @@ class Store(store.Store):
     def get(self, images: images_lib.ImageSet, rows) -> np.ndarray:
         """float32 `[rows, width]`. KeyError for an image that was not computed."""
         return self.rows_of([images.shas[r] for r in rows], 0)
+
+
+class Reading:
+    """What one model reads of the images of an experiment: the `weak` one's logits, the `strong` one's features, kept in `place`.
+    Nothing is written before `compute`.
+
+    Raises:
+      UserError: a weak model without a classifier of the images' classes; no such model, or one that is not known.
+    """
+
+    def __init__(self, key: str, name: str, revision: str, config, images: images_lib.ImageSet, place):
+        self.key, self.name, self.config, self.images, self.revision = key, name, config, images, revision
+        self.reading, self.head = ("logits", "own") if key == "weak" else ("features", "none")
+        self.folder = resolve(name, revision)
+        self.own = models.read_config(self.folder.path)
+        if key == "weak" and self.own.classes != images.n_classes:
+            has = f"gives {self.own.classes} classes" if self.own.classes else "has no classifier"
+            raise UserError(f"config.weak_model: {name!r} {has}, the images have {images.n_classes}; expected as many (config.classes "
+                            "names all classes that a model knows, where a folder holds some of them)")
+        self.loader = loader(config, images, self.own)
+        self.store = Store(place, fingerprint(name, revision), name, reading=self.reading, pixels=self.loader.transform.fingerprint,
+                           dtype=config.dtype, matmul_precision=config.matmul_precision)
+        self.loaded: workload.Loaded | None = None
+
+    def open(self) -> None:
+        """Loads the model: what does not fit it is refused now."""
+        self.loaded = open_model(self.name, self.revision, self.config, head=self.head)
+
+    def compute(self, rows: np.ndarray, stats: dict) -> None:
+        """One pass over the images at `rows` that are not read yet."""
+        if missing := self.store.missing(self.images, rows):
+            say(f"{self.reading} of {workload.shown(self.name)}: {missing} of {len(rows)} images to pass")
+            if self.loaded is None:
+                self.open()
+            self.store.compute(Images(self.config, self.loaded, self.loader, rows, self.reading), (0,), stats)
+        self.loaded = None
+
+    def get(self, rows: np.ndarray) -> np.ndarray:
+        """float32 `[rows, classes]` or `[rows, width]`."""
+        return self.store.get(self.images, rows)
 
 
 # --------------------------------------------------------------------------- data and results
@@ -254,27 +322,31 @@ def evaluate(logits: np.ndarray, documents: Examples) -> dict:
 
 
 def restore(source: runlog.LoadedRun, config=None) -> workload.Loaded:
-    """The model of a finished `vision_train` run on the mesh and in the types of `config` (default: the run's own): a classifier, or the
-    backbone that was pretrained. Its model/ is read where there is one, else its newest checkpoint and what it started from.
+    """The model of a finished `vision_train` run, from its newest checkpoint, on the mesh of `config` (default: the run's own config).
 
     Raises:
-      UserError: it has neither, or its base model changed.
+      UserError: a run without a classifier or without a checkpoint; its base model changed.
     """
     trained = source.config
+    if trained.get("stage") != "vision_train" or trained.objective != "supervised":
+        experiment = trained.get("stage") == "vision"
+        what = "an experiment, whose networks are the runs in runs/" if experiment else "a pretrained backbone, in model/"
+        raise UserError(f"run={source.path}: holds {what}; expected a supervised run of the stage vision_train")
     config = trained if config is None else config
-    supervised, made = trained.objective == "supervised", Path(source.path) / "model"
-    if made.is_dir():
-        return open_model(str(made), "main", config, head="own" if supervised else "none")
     checkpoints = ckpt.Checkpoints(source.path, read_only=True)
     try:
         steps = checkpoints.steps()
-        if not steps or not supervised:
-            raise UserError(f"run={source.path}: has no model/ and no checkpoint of a classifier (keep={trained.get('keep')!r}, objective="
-                            f"{trained.objective}); expected a supervised run with keep=params or all")
-        now, then = fingerprint(trained.model, trained.revision), source.record["identity"]["model"]
+        if not steps:
+            raise UserError(f"run={source.path}: has no checkpoint (keep={trained.get('keep')!r}); expected one with keep=params or all")
+        if not trained.model:
+            loaded = open_model(f"{source.path}/model", "main", config, head="own")
+            loaded.step = steps[0]
+            return loaded
+        revision = source.record.get("revision") or trained.revision  # the commit that it was trained from, wherever main is now
+        loaded = open_model(trained.model, revision, config, head="new", classes=source.record["classes"], seed=trained.seed)
+        now, then = fingerprint(trained.model, revision), source.record["identity"]["model"]
         if now != then:
             raise UserError(f"run={source.path}: its base model {trained.model} is {now}, expected {then}: the files changed since")
-        loaded = open_model(trained.model, trained.revision, config, head="new", classes=source.record["classes"], seed=trained.seed)
         shardings, _ = mesh_lib.param_shardings(loaded.mesh, loaded.model.abstract)
         wanted, _ = split_params(loaded.model.abstract, trained.train)
         params, _ = checkpoints.restore(steps[0], ckpt.abstract(wanted, split_params(shardings, trained.train)[0]))

@@ -64,8 +64,8 @@ def fingerprint_task(config, planned: dict | None = None) -> str:
     return planned[key]
 
 
-def fingerprint_labels(path, planned: dict | None = None) -> str:
-    """What identifies a set of labels: the run that made it, or the hash of a file."""
+def fingerprint_labels(path, planned: dict | None = None, read: labels_lib.Labels | None = None) -> str:
+    """What identifies a set of labels: the run that made it, or the hash of a file (`read`: its content, where it is read already)."""
     if not path:
         return ""
     if planned and str(path) in planned or epath.Path(path).is_dir():
@@ -74,7 +74,7 @@ def fingerprint_labels(path, planned: dict | None = None) -> str:
     made = folder.parent
     if folder.name == "predictions" and (planned and str(made) in planned or run_identity(made)):
         return f"{fingerprint_run(made, planned)}/{epath.Path(path).name}"
-    return f"labels:{labels_lib.read(path).fingerprint}"
+    return f"labels:{(read or labels_lib.read(path)).fingerprint}"
 
 
 # --------------------------------------------------------------------------- documents

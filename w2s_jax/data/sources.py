@@ -87,27 +87,47 @@ def find_split(folder, split: str):
 
 def read_file(path, split: str | None = None) -> Source:
     """All rows of a jsonl, csv or parquet file, gzipped or not. `split` defaults to the file's stem."""
+    path, stem, form = _named(path)
+    raw, digest = _content(path)
+    parse = {".jsonl": parse_jsonl, ".csv": parse_csv, ".parquet": parse_parquet}[form]
+    rows = parse(raw, str(path)) if raw.strip() else []
+    if not rows:
+        raise UserError(f"{path}: empty file, expected one document a row")
+    return Source(str(path), split or stem, rows, list(range(len(rows))), digest)
+
+
+def read_table(path, columns: tuple[str, ...]):
+    """The `pyarrow.Table` of a parquet file, gzipped or not, with those of `columns` that it has; None for a file of another form, or
+    an empty one."""
+    path, _, form = _named(path)
+    raw = _content(path)[0] if form == ".parquet" else b""
+    return _table(raw, str(path), columns) if raw.strip() else None
+
+
+def _named(path):
+    """The path, its stem and its form, one of FORMATS."""
     from etils import epath
 
     path = epath.Path(path)
     stem = re.fullmatch(r"(.+?)(\.jsonl|\.csv|\.parquet)(\.gz)?", path.name)
     if stem is None:
         raise UserError(f"{path}: expected a file that ends in {', '.join(FORMATS)}, or one of these and .gz")
+    return path, stem[1], stem[2]
+
+
+def _content(path) -> tuple[bytes, str]:
+    """A file's bytes, unpacked, and the hash of the file."""
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror or error})") from error
     digest = hashlib.sha256(raw).hexdigest()
-    if stem[3]:
+    if path.name.endswith(".gz"):
         try:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: truncated or damaged gzip file ({error})") from error
-    parse = {".jsonl": parse_jsonl, ".csv": parse_csv, ".parquet": parse_parquet}[stem[2]]
-    rows = parse(raw, str(path)) if raw.strip() else []
-    if not rows:
-        raise UserError(f"{path}: empty file, expected one document a row")
-    return Source(str(path), split or stem[1], rows, list(range(len(rows))), digest)
+    return raw, digest
 
 
 def decode(raw: bytes, name: str) -> str:
@@ -149,10 +169,14 @@ def parse_csv(raw: bytes, name: str) -> list[dict]:
 
 
 def parse_parquet(raw: bytes, name: str) -> list[dict]:
+    return _table(raw, name).to_pylist()
+
+
+def _table(raw: bytes, name: str, columns: tuple[str, ...] | None = None):
     import pyarrow as pa
 
     try:
-        return files.parquet_table(raw).to_pylist()
+        return files.parquet_table(raw, columns)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{name}: truncated or damaged parquet file ({error})") from error
 

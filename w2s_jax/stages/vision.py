@@ -7,6 +7,9 @@ openai/weak-to-strong `vision/run_weak_strong.py`. The directory is a run (confi
     predictions/    test images: the supervisors' and every student's and ceiling's
     runs/           networks that are trained here, runs of vision_train
     report/         tables, plots, pictures
+
+`--rerun` redoes all of it, the networks too; what lies in a folder that config.features names stays, but for networks trained here,
+which are never kept there.
 """
 
 from __future__ import annotations
@@ -21,19 +24,19 @@ from w2s_jax import checkpoint as ckpt
 from w2s_jax import config as config_lib
 from w2s_jax import gallery, losses, metrics, runlog, stages, transfer, vision, vision_report, workload
 from w2s_jax import mesh as mesh_lib
+from w2s_jax.config import GIVEN, NETWORKS, SET
 from w2s_jax.data import images as images_lib
 from w2s_jax.data import labels as labels_lib
 from w2s_jax.errors import UserError
 from w2s_jax.graph import Graph, variant
+from w2s_jax.models import vision as models
 from w2s_jax.probes import path as path_lib
 from w2s_jax.probes import softmax
 from w2s_jax.progress import Progress, say
 from w2s_jax.runlog import Run
 
-DATA = ("data_seed", "dataset", "data_dir", "dataset_split", "classes", "bad_images", "n_weak", "n_train", "n_test", "resize", "crop",
-        "interpolation", "dtype", "matmul_precision", "eval_batch_size", "workers", "mesh")  # fmt: skip
-TRAINED_HERE = ("weak_train", "strong_train", "student_train")
 SAVE_SECONDS = 30.0  # between two checkpoints of the probes
+MADE = ("features", "labels", "report")  # what --rerun removes besides a run's own
 
 
 def identity(config, planned: dict | None = None, prepared=None) -> dict:
@@ -42,13 +45,17 @@ def identity(config, planned: dict | None = None, prepared=None) -> dict:
     for key in ("weak", "strong"):
         name, revision = config[f"{key}_model"], config[f"{key}_revision"]
         fingerprints |= {f"{key}_model": vision.fingerprint(name, revision, planned) if name else None, f"{key}_revision": None}
-    used = {"weak_train": not config.weak_model, "strong_train": not config.strong_model, "student_train": config.finetune}
-    for key in TRAINED_HERE:  # their images and labels are those of this run
-        made = vision.fingerprint(config[key].model, config[key].revision, planned) if used[key] and config[key].model else None
-        fingerprints[key] = config_lib.identity(config[key], {"model": made, "labels": None} | dict.fromkeys(DATA)) if used[key] else None
+    for key in NETWORKS:  # their images, labels and seeds are those of this run
+        unset = dict.fromkeys(("data_seed", *GIVEN, *SET[key]))
+        fingerprints[key] = vision.identity(config[key], unset) if _used(config)[key] else None
     # Losses that are not in `losses` have no say, whatever their arguments; what a loss takes is resolved by name.
     fingerprints["loss_args"] = {loss: config_lib.loss_args(_with_loss(config, loss)) for loss in config.losses}
     return config_lib.identity(config, fingerprints)
+
+
+def _used(config) -> dict[str, bool]:
+    """Which networks are trained here."""
+    return dict(zip(NETWORKS, (not config.weak_model, not config.strong_model, config.finetune)))
 
 
 def _with_loss(config, loss: str):
@@ -70,64 +77,87 @@ def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared |
     ident = identity(config, prepared=prepared)
     if (done := workload.finished(workdir, config, ident, rerun, transfer.summary)) is not None:
         return done
-    classes = prepared.images.n_classes
-    for key in ("weak", "strong"):  # what cannot be used is refused before anything is written
-        if config[f"{key}_model"]:
-            found = _outputs(config[f"{key}_model"], config[f"{key}_revision"])
-            if key == "weak" and found != classes:
-                has = f"gives {found} classes" if found else "has no classifier"
-                raise UserError(f"config.weak_model: {config.weak_model!r} {has}, the images have {classes}; expected as many (config.classes "
-                                "names all classes that a model knows, where a folder holds some of them)")
-    with vision.precision(config), Run.open(workdir, config, ident, rerun=rerun) as run_:
-        run_.start({"fingerprints": {"dataset": prepared.images.fingerprint}, "classes": classes,
-                    "class_names": list(prepared.images.class_names), "parents": []})
-        for note in prepared.notes:
-            say(note)
-        say(f"{workload.shown(workdir)}: {prepared.images.name}, {classes} classes, {len(prepared.split.train)} images to learn from and "
-            f"{len(prepared.split.test)} to test on")
-        experiment = _Experiment(config, run_, prepared, ident, rerun)
-        results = experiment.run() | {"seconds": time.perf_counter() - start}
-        ckpt.Checkpoints(run_.path).clear()  # the probes' progress: their predictions are written
-        run_.finish(results)
+    with vision.precision(config):
+        experiment = _Experiment(config, epath.Path(workdir).expanduser(), prepared, rerun)  # refuses what cannot be used
+        with Run.open(workdir, config, ident, rerun=rerun) as run_:
+            for name in MADE if rerun else ():
+                if (run_.path / name).is_dir():
+                    (run_.path / name).rmtree()
+            run_.start({"fingerprints": {"dataset": prepared.images.fingerprint}, "classes": prepared.images.n_classes,
+                        "class_names": list(prepared.images.class_names), "mesh": dict(experiment.mesh.shape), "parents": [],
+                        "revisions": {f"{part.key}_model": part.folder.commit for part in experiment.given.values()}})
+            for note in prepared.notes:
+                say(note)
+            say(f"{workload.shown(workdir)}: {prepared.images.name}, {prepared.images.n_classes} classes, {len(prepared.split.train)} "
+                f"images to learn from and {len(prepared.split.test)} to test on")
+            results = experiment.run(run_) | {"seconds": time.perf_counter() - start}
+            ckpt.Checkpoints(run_.path).clear()  # the probes' progress: their predictions are written
+            run_.finish(results)
     say(f"{workload.shown(workdir)}: {transfer.summary(results)}; report in {epath.Path(workdir) / 'report' / 'report.md'}")
-    if warning := metrics.small_test_warning({"accuracy": results["weak"]["accuracy"], "accuracy_ci": results["weak"]["accuracy_ci"],
-                                              "n_test": results["n_test"]}):
+    if warning := metrics.small_test_warning({**results["weak"], "n_test": results["n_test"]}, things="images"):
         say(warning)
     return results
 
 
-def _outputs(model: str, revision: str) -> int:
-    """Classes that a model's own head gives, 0 where it has none."""
-    source = vision.trained_run(model)
-    if source is None:
-        return vision.read_config(model, revision).classes
-    return source.record["classes"] if source.config.objective == "supervised" else 0
-
-
 class _Experiment:
-    """The steps of a run. `labels` int `[test]`: the truth."""
+    """The steps of a run. `labels` int `[test]`: the truth; `sets`: of each seed the name of its label set, which a supervisor that is
+    given has one of."""
 
-    def __init__(self, config, run_, prepared: images_lib.Prepared, ident: dict, rerun: bool):
-        self.config, self.run_, self.prepared, self.ident, self.rerun = config, run_, prepared, ident, rerun
+    def __init__(self, config, path, prepared: images_lib.Prepared, rerun: bool):
+        self.config, self.path, self.prepared, self.rerun = config, path, prepared, rerun
         self.images, self.seeds = prepared.images, tuple(config.seeds)
-        self.graph = Graph(run_.path, stages.identity)
+        self.mesh = mesh_lib.make_mesh(config.mesh)
+        self.graph = Graph(path, stages.identity)
         self.stats: dict = {}
         self.notes: list[str] = []
         self._first_student = None  # test logits of the first seed's student with the first loss
-        self._shown = None  # the images as the strong model sees them
+        place = config.features or path / "features"
+        self.given = {key: vision.Reading(key, config[f"{key}_model"], config[f"{key}_revision"], config, self.images, place)
+                      for key in ("weak", "strong") if config[f"{key}_model"]}
+        loaders = [loader for key, used in _used(config).items() if used and (loader := self._check(key))]
+        for part in self.given.values():
+            if part.store.missing(self.images, self._rows()) or (rerun and not config.features):
+                part.open()
+        if loaders:
+            self.prepared = prepared.decoded(loaders[0], self.notes)
 
-    def run(self) -> dict:
-        config, images = self.config, self.images
+    def _rows(self) -> np.ndarray:
+        """Images that the models read."""
+        return np.concatenate([self.prepared.split.train, self.prepared.split.test])
+
+    def _base(self, key: str):
+        """The config of a network that is trained here."""
+        return variant(self.config[key], **{name: self.config[name] for name in GIVEN})
+
+    def _check(self, key: str) -> images_lib.Loader | None:
+        """Refuses what a network cannot be trained with; the images as it sees them, if it is known now."""
+        base = self._base(key)
+        try:
+            vision.orders(base, len(self.prepared.part(base.split)))
+            if key != "student_train":
+                return vision.new_vit(base, self.images)[1]
+        except UserError as error:
+            own = str(error).startswith(("config.arch.", "batch_size=", "warmup_steps=", "split="))
+            raise UserError(f"config.{key}.{str(error).removeprefix('config.')}") if own else error from None
+        if "strong" not in self.given:
+            return None
+        strong = self.given["strong"]
+        models.build(strong.own, head="new", classes=self.images.n_classes, dropout=float(base.dropout))
+        return strong.loader
+
+    def run(self, run_) -> dict:
+        self.run_, config, images = run_, self.config, self.images
         weak = {s: config.weak_model or self._network("weak_train", f"weak-s{s}", seed=s) for s in self.seeds}
         strong = config.strong_model or self._network("strong_train", "strong")
+        self.sets = {s: f"weak-s{next(first for first in self.seeds if weak[first] == weak[s])}" for s in self.seeds}
         passed = time.perf_counter()
-        logits = {name: self._read(name, config.weak_revision, "logits", "own") for name in dict.fromkeys(weak.values())}
-        features = self._read(strong, config.strong_revision, "features", "none")
+        logits = {name: self._read("weak", name) for name in dict.fromkeys(weak.values())}
+        features = self._read("strong", strong)
         split = self.prepared.split  # without what could not be decoded
         for note in self.notes:
             say(note)
         passed = time.perf_counter() - passed
-        train, test = ({name: read(rows) for name, read in logits.items()} for rows in (split.train, split.test))
+        train, test = ({name: part.get(rows) for name, part in logits.items()} for rows in (split.train, split.test))
         self.train_logits, self.test_logits = ({s: part[weak[s]] for s in self.seeds} for part in (train, test))
         self.labels = images.labels[split.test]
         self.compare = transfer.Comparison(self.labels, [images.shas[r] for r in split.test], images.n_classes)
@@ -144,68 +174,59 @@ class _Experiment:
             "weak_train_accuracy": float(np.mean([metrics.accuracy(self.train_logits[s], images.labels[split.train]) for s in self.seeds])),
             "methods": [], "noise": [], "l2": {}}
         probed = time.perf_counter()
-        self._probes(features(split.train), features(split.test), results)
+        self._probes(features.get(split.train), features.get(split.test), results)
         probed = time.perf_counter() - probed
         if config.finetune:
             self._finetuned(strong, results)
         for s in self.seeds:
             self._write(f"weak-s{s}", self.test_logits[s])
-        vision_report.write(epath.Path(self.run_.path) / "report", results, self._pictures(results))
-        return results | {"feature_seconds": passed, "probe_seconds": probed, "programs": len(self.stats.get("programs", ())),
-                          "n_passed": self.stats.get("documents", 0), "compile_seconds": self.stats.get("compile_seconds", 0.0)}
+        vision_report.write(self.path / "report", results, self._pictures(features.loader))
+        return results | {"feature_seconds": passed, "probe_seconds": probed, "compile_seconds": self.stats.get("compile_seconds", 0.0)}
 
     # ---------------------------------------------------------------- networks, labels, features
 
     def _network(self, template: str, name: str, **keys) -> str:
-        """A network that is trained here, once; its run."""
-        base = variant(self.config[template], **{key: self.config[key] for key in DATA} | keys)
+        """A network that is trained here, once; the folder of its model."""
+        base = variant(self._base(template), **keys)
         node = self.graph.add("runs", name, base)
         stages.run(base, self.graph.path(node), prepared=self.prepared, rerun=self.rerun)
-        return self.graph.path(node)
+        return f"{self.graph.path(node)}/model"
 
-    def _read(self, model: str, revision: str, reading: str, head: str):
-        """`rows -> float32 [rows, width]` of a model, after one pass over the images that lack it."""
-        config = self.config
-        loader = vision.loader(config, self.images, vision.read_config(model, revision))
-        place = config.features or epath.Path(self.run_.path) / "features"
-        store = vision.Store(place, vision.fingerprint(model, revision), str(model), reading=reading, pixels=loader.transform.fingerprint,
-                             dtype=config.dtype, matmul_precision=config.matmul_precision)
-        rows = np.concatenate([self.prepared.split.train, self.prepared.split.test])
-        if missing := store.missing(self.images, rows):
-            say(f"{reading} of {workload.shown(model)}: {missing} of {len(rows)} images to pass")
-            loaded = vision.open_model(model, revision, config, head=head)
-            store.compute(vision.Images(config, loaded, loader, rows, reading), (0,), self.stats)
-        self.prepared, self._shown = self.prepared.without(loader, self.notes), loader
-        return lambda chosen: store.get(self.images, chosen)
+    def _read(self, key: str, name: str) -> vision.Reading:
+        """What a model reads of the images, after one pass over those that lack it."""
+        part = self.given.get(key) or vision.Reading(key, name, "main", self.config, self.images, self.path / "features")
+        part.compute(self._rows(), self.stats)
+        self.prepared = self.prepared.without(part.loader, self.notes)
+        return part
 
     def _labels_file(self, seed: int) -> str:
-        return str(epath.Path(self.run_.path) / "labels" / f"weak-s{seed}.parquet")
+        return str(self.path / "labels" / f"weak-s{seed}.parquet")
 
     # ---------------------------------------------------------------- probes
 
-    def _lanes(self) -> list[softmax.Lane]:
+    def _lanes(self, targets: dict) -> list[softmax.Lane]:
         """Ceilings, students of every loss, and probes on noisy truth, for every seed."""
         config = self.config
         truth = losses.make("xent", ground_truth=True)
+        stats = {name: losses.label_statistics(labels) for name, labels in targets.items() if name != "truth"}
         lanes = [softmax.Lane("truth", s, truth) for s in self.seeds]
         for loss in config.losses:
-            for s in self.seeds:
-                stats = losses.label_statistics(labels_lib.softmax(self.train_logits[s]))
-                made = losses.make(loss, config_lib.loss_args(_with_loss(config, loss)), ground_truth=False, label_stats=stats)
-                lanes.append(softmax.Lane(f"weak-s{s}", s, made))
+            args = config_lib.loss_args(_with_loss(config, loss))
+            lanes += [softmax.Lane(self.sets[s], s, losses.make(loss, args, ground_truth=False, label_stats=stats[self.sets[s]]))
+                      for s in self.seeds]
         return lanes + [softmax.Lane("truth", s, truth, float(level)) for level in config.noise for s in self.seeds]
 
     def _probes(self, x: np.ndarray, x_test: np.ndarray, results: dict) -> None:
         config, split = self.config, self.prepared.split
-        truth = self.images.labels[split.train]
-        targets = {"truth": truth} | {f"weak-s{s}": labels_lib.softmax(self.train_logits[s]) for s in self.seeds}
-        references = {"truth": self.labels} | {f"weak-s{s}": metrics.predictions(self.test_logits[s]) for s in self.seeds}
-        lanes = self._lanes()
+        names = {name: s for s, name in reversed(self.sets.items())}
+        targets = {"truth": self.images.labels[split.train]} | {n: labels_lib.softmax(self.train_logits[s]) for n, s in names.items()}
+        references = {"truth": self.labels} | {n: metrics.predictions(self.test_logits[s]) for n, s in names.items()}
+        lanes = self._lanes(targets)
         say(f"{len(lanes)} probes on {x.shape[1]} features of {len(x)} images, {config.epochs} epochs")
         trained, noisy = self._trained(softmax.Training(
             x, targets, lanes, test=x_test, references=references, epochs=config.epochs, batch_size=config.batch_size,
             learning_rate=config.learning_rate, weight_decay=config.weight_decay, schedule=config.schedule,
-            mesh=mesh_lib.make_mesh(config.mesh)))
+            mesh=self.mesh))
         at = {(lane.labels, lane.seed, lane.loss.name, lane.noise): i for i, lane in enumerate(lanes)}
         ceiling = {s: at["truth", s, "xent", 0.0] for s in self.seeds}
         for s in self.seeds:
@@ -213,8 +234,8 @@ class _Experiment:
         for loss in config.losses:
             trios = []
             for s in self.seeds:
-                i = at[f"weak-s{s}", s, loss, 0.0]
-                curves = {"accuracy": trained.against["truth"][i].tolist(), "agreement": trained.against[f"weak-s{s}"][i].tolist(),
+                i = at[self.sets[s], s, loss, 0.0]
+                curves = {"accuracy": trained.against["truth"][i].tolist(), "agreement": trained.against[self.sets[s]][i].tolist(),
                           "ceiling": trained.against["truth"][ceiling[s]].tolist()}
                 trios.append(transfer.Trio(s, self.test_logits[s], trained.logits[i], trained.logits[ceiling[s]], curves))
                 self._write(f"probe_{loss}-s{s}", trained.logits[i])
@@ -267,16 +288,13 @@ class _Experiment:
         fit = np.setdiff1d(np.arange(len(x)), held)
         paths: dict = {}
         for name, labels in targets.items():
-            key = next((k for k in paths if np.array_equal(targets[k], labels)), name)  # a published supervisor is that of every seed
-            if key not in paths:
-                say(f"probes to convergence on {name}: {len(config.l2)} penalties")
-                path = path_lib.fit_path(x[fit], labels[fit], config.l2, classes=self.images.n_classes, heldout=(x[held], labels[held]),
-                                         label=f"converged, {name}")
-                best = path[path_lib.choose(path)].l2
-                whole = path_lib.fit_path(x, labels, [l2 for l2 in config.l2 if l2 >= best], classes=self.images.n_classes)[-1]
-                paths[key] = (path, best, whole.logits(x_test))
-            paths[name] = paths[key]
-        for name, title in (("truth", "ground truth"), (f"weak-s{self.seeds[0]}", "weak labels")):
+            say(f"probes to convergence on {name}: {len(config.l2)} penalties")
+            path = path_lib.fit_path(x[fit], labels[fit], config.l2, classes=self.images.n_classes, heldout=(x[held], labels[held]),
+                                     label=f"converged, {name}")
+            best = path[path_lib.choose(path)].l2
+            whole = path_lib.fit_path(x, labels, [l2 for l2 in config.l2 if l2 >= best], classes=self.images.n_classes)[-1]
+            paths[name] = (path, best, whole.logits(x_test))
+        for name, title in (("truth", "ground truth"), (self.sets[self.seeds[0]], "weak labels")):
             path, chosen, _ = paths[name]
             supervisor = metrics.predictions(self.test_logits[self.seeds[0]])
             rows = []
@@ -285,7 +303,7 @@ class _Experiment:
                 rows.append({"l2": point.l2, "heldout_loss": point.heldout_loss, "accuracy": float(np.mean(predicted == self.labels)),
                              "agreement": float(np.mean(predicted == supervisor)), "chosen": point.l2 == chosen})
             results["l2"][title] = rows
-        trios = [transfer.Trio(s, self.test_logits[s], paths[f"weak-s{s}"][2], paths["truth"][2]) for s in self.seeds]
+        trios = [transfer.Trio(s, self.test_logits[s], paths[self.sets[s]][2], paths["truth"][2]) for s in self.seeds]
         for trio in trios:
             self._write(f"converged_xent-s{trio.seed}", trio.student)
         self._write("converged_truth", trios[0].ceiling)
@@ -298,8 +316,7 @@ class _Experiment:
         config = self.config
 
         def trained(name: str, seed: int, loss: str, labels: str) -> np.ndarray:
-            base = variant(config.student_train, **{key: config[key] for key in DATA}, seed=seed, loss=loss, model=strong, labels=labels,
-                           revision=config.strong_revision)
+            base = variant(self._base("student_train"), seed=seed, loss=loss, model=strong, labels=labels, revision=config.strong_revision)
             with base.unlocked(), base.ignore_type():
                 base.loss_args.update({k: v for k, v in config.loss_args.items() if labels and k in config_lib.LOSS_ARGS[loss]})
             node = self.graph.add("runs", f"{name}-s{seed}", base, (self._labels_file(seed),) if labels else ())
@@ -321,7 +338,7 @@ class _Experiment:
         if self.config.predictions:
             workload.write_predictions(self.run_, name, vision.examples(self.images, self.prepared.split.test), logits)
 
-    def _pictures(self, results: dict) -> list[gallery.Picture]:
+    def _pictures(self, loader: images_lib.Loader) -> list[gallery.Picture]:
         """Test images for the report, of the first seed and method, in turns: the student right where the supervisor is wrong, the other
         way round, both wrong, both right."""
         config, seed = self.config, self.seeds[0]
@@ -332,7 +349,7 @@ class _Experiment:
         kinds = [np.flatnonzero(rows) for rows in (~right[0] & right[1], right[0] & ~right[1], ~right[0] & ~right[1], right[0] & right[1])]
         order = [rows[i] for i in range(max(map(len, kinds))) for rows in kinds if i < len(rows)][: min(config.pictures, gallery.MOST)]
         rows = self.prepared.split.test[order]
-        pixels = self._shown.pixels(rows)
+        pixels = loader.pixels(rows)
         titles = self.images.titles
         return [gallery.Picture(image, titles[self.labels[i]], titles[w], float(weak[i, w]), titles[s], float(student[i, s]))
                 for image, i, w, s in zip(pixels, order, weak[order].argmax(1), student[order].argmax(1))]

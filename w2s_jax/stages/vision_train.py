@@ -19,25 +19,19 @@ from w2s_jax import mesh as mesh_lib
 from w2s_jax.augment import Augment
 from w2s_jax.data import images as images_lib
 from w2s_jax.data import labels as labels_lib
-from w2s_jax.data import packing
 from w2s_jax.errors import UserError
 from w2s_jax.models import vision as models
 from w2s_jax.progress import Progress, say
 from w2s_jax.runlog import Run
 
-SUPERVISED = ("loss", "loss_args", "train", "head_init", "labels")  # keys that say nothing of contrastive pretraining
 
-
-def identity(config, planned: dict | None = None, prepared=None) -> dict:
-    """What the run is; `planned` = the runs that a graph of runs will make, `prepared` = its images where they are read."""
-    fingerprints = {"dataset": vision.fingerprint_data(config, planned, prepared), "data_dir": None, "dataset_split": None, "classes": None,
-                    "model": vision.fingerprint(config.model, config.revision, planned) if config.model else None,
-                    "labels": workload.fingerprint_labels(config.labels, planned)}
-    if config.objective == "contrastive":
-        fingerprints |= dict.fromkeys(SUPERVISED)
-    else:
-        fingerprints["contrast"] = None
-    return config_lib.identity(config, fingerprints)
+def identity(config, planned: dict | None = None, prepared=None, labels: labels_lib.Labels | None = None) -> dict:
+    """What the run is; `planned` = the runs that a graph of runs will make, `prepared`, `labels` = its images and labels where they are
+    read."""
+    given = workload.fingerprint_labels(config.labels, planned, labels)
+    return vision.identity(config, {
+        "dataset": vision.fingerprint_data(config, planned, prepared), "data_dir": None, "dataset_split": None, "classes": None,
+        "model": vision.fingerprint(config.model, config.revision, planned) if config.model else None, "labels": given})
 
 
 def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared | None = None,
@@ -53,7 +47,7 @@ def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared |
     start = time.perf_counter()
     prepared = prepared or images_lib.prepare(config)
     labels = labels or (labels_lib.read(config.labels) if config.labels else None)
-    ident = identity(config, prepared=prepared)
+    ident = identity(config, prepared=prepared, labels=labels)
     if (done := workload.finished(workdir, config, ident, rerun, summary)) is not None:
         return done
     with vision.precision(config):
@@ -67,14 +61,8 @@ def _open(config, prepared: images_lib.Prepared) -> tuple[workload.Loaded, image
     if config.model:
         loaded = vision.open_model(config.model, config.revision, config, head=head, classes=classes, seed=config.seed)
         return loaded, vision.loader(config, prepared.images, loaded.model.config)
-    whole = images_lib.Transform(max(config.resize, 0), max(config.crop, 0), "bilinear" if config.interpolation == "auto" else config.interpolation)
-    images = images_lib.Loader(prepared.images, whole, workers=config.workers, bad=config.bad_images)
-    if len(set(images.size)) > 1:
-        raise UserError(f"config.crop: {config.crop}, but the images are {images.size[1]} x {images.size[0]} pixels; expected a crop: a new "
-                        "model sees squares")
-    sizes = {key: config.arch[key] for key in ("width", "layers", "heads", "mlp", "patch")}
-    model = models.build(models.new_vit(image=images.size[0], resize=whole.resize, interpolation=whole.interpolation, **sizes), head=head,
-                         classes=classes, dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat,
+    sizes, images = vision.new_vit(config, prepared.images)
+    model = models.build(sizes, head=head, classes=classes, dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat,
                          head_init=config.head_init, dropout=float(config.dropout))
     mesh = mesh_lib.make_mesh(config.mesh)
     shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
@@ -91,7 +79,8 @@ def _given(config, prepared, labels, rows: np.ndarray) -> tuple[np.ndarray, np.n
         raise UserError(f"labels: {labels.path} has {labels.probs.shape[1]} classes, expected {prepared.images.n_classes}")
     # An image that cannot be decoded is left out here: its label may stand in the file.
     skipped = frozenset(prepared.images.ids[r] for r in prepared.bad)
-    given = labels_lib.attach(documents, labels, skipped)
+    given = labels_lib.attach(documents, labels, skipped, things="images",
+                              why="dataset, data_seed, split, n_weak and n_train must be those of the run that labelled")
     if given.weights is None:
         return rows, given.soft_labels, None, 0
     kept = np.flatnonzero(given.weights > 0)
@@ -121,12 +110,7 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     supervised, classes = config.objective == "supervised", prepared.images.n_classes
     rows, test = prepared.part(config.split), prepared.split.test
     rows, soft, weights, filtered = _given(config, prepared, labels, rows) if supervised else (rows, np.zeros((len(rows), 1)), None, 0)
-    batches = packing.batch_stream(len(rows), config.batch_size, config.epochs, config.shuffle, config.seed)
-    if not batches:
-        raise UserError(f"batch_size={config.batch_size}: {len(rows)} training images x {config.epochs:g} epochs do not fill one batch; "
-                        f"expected at most {int(len(rows) * config.epochs)}")
-    if config.warmup_steps >= len(batches):
-        raise UserError(f"warmup_steps={config.warmup_steps}: expected fewer than the run's {len(batches)} steps")
+    batches = vision.orders(config, len(rows))
     program = _program(config, loaded, soft)
     notes += [notice for notice in (program.loss.notice, program.optimizer.notice) if notice]
     ids = [prepared.images.ids[r] for r in rows]
@@ -141,8 +125,9 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     with Run.open(workdir, config, ident, rerun=rerun) as run_:
         run_.start({
             "fingerprints": {"dataset": prepared.images.fingerprint}, "revision": loaded.folder.commit if loaded.folder else "",
-            "mesh": dict(loaded.mesh.shape), "classes": classes, "class_names": list(prepared.images.class_names), "pixels": list(images.size),
-            "images_a_cell": plan.slots, "microbatches": plan.microbatches, "steps": len(batches), "lesser_sharding": loaded.replicated,
+            "mesh": dict(loaded.mesh.shape), "classes": classes, "class_names": list(prepared.images.class_names),
+            "pixels": list(images.size), "images_a_cell": plan.slots, "microbatches": plan.microbatches, "steps": len(batches),
+            "lesser_sharding": loaded.replicated,
             "parents": [config.labels] if config.labels else []})
         for note in notes:
             say(note)
@@ -175,7 +160,7 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
         train.finish_checkpoints(config, run_)
         run_.finish(results)
     say(f"{workload.shown(workdir)}: {summary(results)}")
-    if supervised and (warning := metrics.small_test_warning(results)):
+    if supervised and (warning := metrics.small_test_warning(results, things="images")):
         say(warning)
     return results
 
@@ -194,4 +179,4 @@ def summary(results: dict) -> str:
     """The line that a finished run prints."""
     if "accuracy" not in results:
         return f"pretrained on {results['n_train']} images, {results['steps']} steps"
-    return workload.summary(results) + (f", top-5 {results['top5']:.3f}" if "top5" in results else "")
+    return workload.summary(results, "images") + (f", top-5 {results['top5']:.3f}" if "top5" in results else "")

@@ -66,8 +66,8 @@ class Transform:
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over what decides the pixels."""
-        text = f"torchvision resize={self.resize} crop={self.crop} {self.interpolation}{' squeeze' * self.squeeze}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        said = f"torchvision resize={self.resize} crop={self.crop} {self.interpolation}{' squeeze' * self.squeeze}"
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def __call__(self, encoded: bytes | np.ndarray) -> np.ndarray:
         """An image's bytes, or its pixels uint8 `[height, width, 3]`, as uint8 `[crop, crop, 3]`. BadImage: it cannot be decoded."""

@@ -116,13 +116,17 @@ class Loader:
             try:
                 out[place] = self._decoded(row)
             except BadImage as error:
-                if self.on_bad == "error":
-                    raise UserError(f"{self.images.name}: {self.images.ids[row]}: {error}; bad=skip leaves such images out") from error
-                self.bad[row] = str(error)
+                self.found_bad(row, str(error))
                 out[place] = 0
             if self._kept is not None:
                 self._kept[row] = out[place]
                 self._is_kept[row] = True  # last: another thread may look
+
+    def found_bad(self, row: int, reason: str) -> None:
+        """Leaves an image out. UserError under "error", naming it."""
+        if self.on_bad == "error":
+            raise UserError(f"{self.images.name}: {self.images.ids[row]}: {reason}; bad_images=skip leaves such images out")
+        self.bad[row] = reason
 
     def _decoded(self, row: int) -> np.ndarray:
         pixels = self.transform(self.images.encoded(row))
@@ -145,8 +149,7 @@ class Loader:
             try:
                 return self.transform(self.images.encoded(row)).shape[:2]
             except BadImage as error:
-                if self.on_bad == "error":
-                    raise UserError(f"{self.images.name}: {self.images.ids[row]}: {error}; bad=skip leaves such images out") from error
+                self.found_bad(row, str(error))
         raise UserError(f"{self.images.name}: none of {len(self.images):,} images can be decoded")
 
 
