@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 import tiny
+
 from w2s_jax import stages
 from w2s_jax.config import shipped
 from w2s_jax.errors import UserError

@@ -212,6 +212,8 @@ def _check_network(c: ConfigDict, key: str) -> None:
         if owner in (*configs.GIVEN, *configs.SET[key]) and value != usual[name]:
             by = f"config.{name} of the experiment" if owner in configs.GIVEN else "the experiment"
             raise UserError(f"config.{key}.{name}: {value!r} is set, but {by} sets it; expected {usual[name]!r}")
+    if part.model:
+        check_image_model(part.model, f"{key}.model")
     if key != "strong_train" and part.objective != "supervised":
         raise UserError(f"config.{key}.objective: {part.objective!r}, expected supervised: it learns from labels")
     if key == "student_train" and part.split != "train":

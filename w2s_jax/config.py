@@ -85,7 +85,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
 EXECUTION = (
     "mesh", "microbatch_size", "remat", "attention", "steps_per_dispatch", "logger", "log_every", "eval_every",
     "checkpoint_every", "keep", "eval_batch_size", "features", "workers", "pictures", "predictions", "workdir",
+    "bad_images",  # error ends a run where skip leaves something out: a run that is done has the same results with both
 )  # fmt: skip
+# The networks that the stage vision trains, and what it gives them: its own keys, and what it sets by itself.
+NETWORKS = ("weak_train", "strong_train", "student_train")
+GIVEN = (
+    "data_seed", "dataset", "data_dir", "dataset_split", "classes", "bad_images", "n_weak", "n_train", "n_test", "resize", "crop",
+    "interpolation", "dtype", "matmul_precision", "eval_batch_size", "workers", "mesh",
+)  # fmt: skip
+SET = {
+    "weak_train": ("labels", "seed"), "strong_train": ("labels",),
+    "student_train": ("model", "revision", "labels", "seed", "loss", "loss_args", "arch"),
+}  # fmt: skip
 # Keys whose content counts, not their name: an identity holds a fingerprint in their place.
 CONTENT = ("model", "task", "labels", "stats_labels", "run", "corpus", "tokenizer")
 NAMES_OF_CONTENT = ("revision", "task_dir", "task_revision")  # where the content was found; covered by its fingerprint

@@ -1,7 +1,7 @@
 """What the vision stages share: image models on a mesh, what they read of images, fingerprints.
 
 The counterpart of `workload` for images. A model is named by the name of a published checkpoint (`w2s_jax.published`), a file as its
-authors published it, or a folder or hub id in Hugging Face's format.
+authors published it, a folder or hub id in Hugging Face's format, or the directory of a finished run of `vision_train`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,33 @@ def resolve(model: str, revision: str = "main") -> hub.Folder:
     return hub.resolve(model, revision)
 
 
+def trained_run(model: str) -> runlog.LoadedRun | None:
+    """The finished run whose directory `model` is, None where it is something else. UserError: an unfinished run, or another stage's."""
+    return runlog.load_done(model, "vision_train") if hub.is_local(model) and workload.run_identity(model) else None
+
+
+def read_config(model: str, revision: str = "main") -> models.VisionConfig:
+    """What a model is, without its parameters. UserError: as `resolve` and `models.read_config`."""
+    source = trained_run(model)
+    if source is None:
+        return models.read_config(resolve(model, revision).path)
+    if not source.config.model:
+        return models.read_config(f"{source.path}/model")
+    return read_config(source.config.model, source.record.get("revision") or source.config.revision)
+
+
+def outputs(model: str, revision: str = "main") -> int:
+    """Classes that a model's own head gives, 0 where it has none."""
+    source = trained_run(model)
+    if source is None:
+        return read_config(model, revision).classes
+    return source.record["classes"] if source.config.objective == "supervised" else 0
+
+
 def fingerprint(model: str, revision: str, planned: dict | None = None) -> str:
     """What identifies a model's content; `planned`: see `workload.fingerprint_model`."""
+    if (planned and str(model) in planned) or (hub.is_local(model) and workload.run_identity(model)):
+        return workload.fingerprint_run(model, planned)
     if model in published.PUBLISHED or os.path.isfile(os.path.expanduser(model)):
         return f"sha256:{hub.fingerprint_file(resolve(model).path)}"
     return workload.fingerprint_model(model, revision, planned)
@@ -69,12 +94,28 @@ def place(model, mesh_shape, folder: hub.Folder, seed: int = 0) -> workload.Load
 
 
 def open_model(name: str, revision: str, config, *, head: str, classes: int = 2, seed: int = 0) -> workload.Loaded:
-    """Build and load a model; `config` gives dtype, mesh, and where it trains param_dtype, remat, head_init and dropout."""
-    folder = resolve(name, revision)
-    model = models.build(
-        models.read_config(folder.path), head=head, classes=classes, dtype=config.dtype, param_dtype=config.get("param_dtype", "float32"),
-        remat=config.get("remat", "none"), head_init=config.get("head_init", "zeros"), dropout=float(config.get("dropout", 0.0)))
-    return place(model, config.mesh, folder, seed)
+    """Build and load a model; `config` gives dtype, mesh, and where it trains param_dtype, remat, head_init and dropout.
+
+    `head`: own | new | none, see `models.vision.build`; of a run, own is the head that was trained.
+    """
+    source = trained_run(name)
+    if source is None:
+        folder = resolve(name, revision)
+        return place(_build(config, models.read_config(folder.path), head, classes), config.mesh, folder, seed)
+    if source.config.objective == "contrastive":
+        return open_model(f"{source.path}/model", "main", config, head=head, classes=classes, seed=seed)
+    whole = restore(source, config)
+    if head == "own":
+        return whole
+    model = _build(config, whole.model.config, head, classes)
+    fresh = jax.device_put(model.init_new(jax.random.key(seed)), mesh_lib.replicated(whole.mesh))
+    return dataclasses.replace(whole, model=model, params={k: v for k, v in whole.params.items() if k != "head"} | fresh)
+
+
+def _build(config, own: models.VisionConfig, head: str, classes: int) -> models.VisionModel:
+    return models.build(own, head=head, classes=classes, dtype=config.dtype, param_dtype=config.get("param_dtype", "float32"),
+                        remat=config.get("remat", "none"), head_init=config.get("head_init", "zeros"),
+                        dropout=float(config.get("dropout", 0.0)))
 
 
 def transform(config, own: models.VisionConfig) -> images_lib.Transform:
@@ -259,10 +300,10 @@ class Reading:
     def __init__(self, key: str, name: str, revision: str, config, images: images_lib.ImageSet, place):
         self.key, self.name, self.config, self.images, self.revision = key, name, config, images, revision
         self.reading, self.head = ("logits", "own") if key == "weak" else ("features", "none")
-        self.folder = resolve(name, revision)
-        self.own = models.read_config(self.folder.path)
-        if key == "weak" and self.own.classes != images.n_classes:
-            has = f"gives {self.own.classes} classes" if self.own.classes else "has no classifier"
+        self.commit = "" if trained_run(name) else resolve(name, revision).commit
+        self.own, classes = read_config(name, revision), outputs(name, revision)
+        if key == "weak" and classes != images.n_classes:
+            has = f"gives {classes} classes" if classes else "has no classifier"
             raise UserError(f"config.weak_model: {name!r} {has}, the images have {images.n_classes}; expected as many (config.classes "
                             "names all classes that a model knows, where a folder holds some of them)")
         self.loader = loader(config, images, self.own)

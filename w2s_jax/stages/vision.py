@@ -46,8 +46,11 @@ def identity(config, planned: dict | None = None, prepared=None) -> dict:
         name, revision = config[f"{key}_model"], config[f"{key}_revision"]
         fingerprints |= {f"{key}_model": vision.fingerprint(name, revision, planned) if name else None, f"{key}_revision": None}
     for key in NETWORKS:  # their images, labels and seeds are those of this run
-        unset = dict.fromkeys(("data_seed", *GIVEN, *SET[key]))
-        fingerprints[key] = vision.identity(config[key], unset) if _used(config)[key] else None
+        if not _used(config)[key]:
+            fingerprints[key] = None
+            continue
+        start = config[key].model and vision.fingerprint(config[key].model, config[key].revision, planned)
+        fingerprints[key] = vision.identity(config[key], {"model": start} | dict.fromkeys(("data_seed", *GIVEN, *SET[key])))
     # Losses that are not in `losses` have no say, whatever their arguments; what a loss takes is resolved by name.
     fingerprints["loss_args"] = {loss: config_lib.loss_args(_with_loss(config, loss)) for loss in config.losses}
     return config_lib.identity(config, fingerprints)
@@ -85,7 +88,7 @@ def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared |
                     (run_.path / name).rmtree()
             run_.start({"fingerprints": {"dataset": prepared.images.fingerprint}, "classes": prepared.images.n_classes,
                         "class_names": list(prepared.images.class_names), "mesh": dict(experiment.mesh.shape), "parents": [],
-                        "revisions": {f"{part.key}_model": part.folder.commit for part in experiment.given.values()}})
+                        "revisions": {f"{part.key}_model": part.commit for part in experiment.given.values()}})
             for note in prepared.notes:
                 say(note)
             say(f"{workload.shown(workdir)}: {prepared.images.name}, {prepared.images.n_classes} classes, {len(prepared.split.train)} "
@@ -134,16 +137,16 @@ class _Experiment:
         base = self._base(key)
         try:
             vision.orders(base, len(self.prepared.part(base.split)))
-            if key != "student_train":
+            if key != "student_train" and not base.model:
                 return vision.new_vit(base, self.images)[1]
         except UserError as error:
             own = str(error).startswith(("config.arch.", "batch_size=", "warmup_steps=", "split="))
             raise UserError(f"config.{key}.{str(error).removeprefix('config.')}") if own else error from None
-        if "strong" not in self.given:
+        if key == "student_train" and "strong" not in self.given:
             return None
-        strong = self.given["strong"]
-        models.build(strong.own, head="new", classes=self.images.n_classes, dropout=float(base.dropout))
-        return strong.loader
+        own = self.given["strong"].own if key == "student_train" else vision.read_config(base.model, base.revision)
+        models.build(own, head="new", classes=self.images.n_classes, dropout=float(base.dropout))
+        return self.given["strong"].loader if key == "student_train" else vision.loader(base, self.images, own)
 
     def run(self, run_) -> dict:
         self.run_, config, images = run_, self.config, self.images
@@ -186,11 +189,11 @@ class _Experiment:
     # ---------------------------------------------------------------- networks, labels, features
 
     def _network(self, template: str, name: str, **keys) -> str:
-        """A network that is trained here, once; the folder of its model."""
+        """A network that is trained here, once; its run."""
         base = variant(self._base(template), **keys)
         node = self.graph.add("runs", name, base)
         stages.run(base, self.graph.path(node), prepared=self.prepared, rerun=self.rerun)
-        return f"{self.graph.path(node)}/model"
+        return self.graph.path(node)
 
     def _read(self, key: str, name: str) -> vision.Reading:
         """What a model reads of the images, after one pass over those that lack it."""
