@@ -87,8 +87,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh.fsdp = 1  # parameters and batch split
     c.mesh.model = 1  # tensors split
 
-    if arg == "vitb8":
-        c.strong_model, c.epochs = "dino_vitb8", 5
+    if arg in ("resnet50", "vitb8"):
+        c.interpolation = "bilinear"  # of the reference's transform, for both networks; DINO's own is bicubic
+        c.matmul_precision = "highest"
+        if arg == "vitb8":
+            c.strong_model, c.epochs = "dino_vitb8", 5
     elif arg in ("quick", "runlocal"):
         c.dataset, c.weak_model, c.strong_model = "digits", "", ""
         c.n_weak, c.n_train, c.n_test = 100, 1097, 600
@@ -107,6 +110,6 @@ def get_config(arg: str = "") -> ConfigDict:
             c.n_train, c.n_test, c.strong_train.epochs, c.strong_train.warmup_steps, c.weak_train.epochs = 256, 128, 4, 2, 10
             c.strong_train.arch.update({"width": 32, "layers": 2, "heads": 2, "mlp": 64})
             c.student_train.epochs = 2
-    elif arg not in ("", "resnet50"):
+    elif arg:
         raise ValueError(f"configs/vision.py takes ':resnet50', ':vitb8', ':quick' or ':runlocal', got ':{arg}'")
     return c
