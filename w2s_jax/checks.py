@@ -42,6 +42,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer_args.b1": (0, 1 - 1e-12), "optimizer_args.b2": (0, 1 - 1e-12), "optimizer_args.eps": (TINY, 1),
     "optimizer_args.momentum": (0, 1 - 1e-12),
     "lora.rank": (1, math.inf), "lora.alpha": (TINY, 1e6), "lora.dropout": (0, 1 - 1e-9),
+    "embed": (1, math.inf), "n_classes": (2, math.inf), "images": (1, math.inf), "pixels": (1, 1e5),
     "n_weak": (0, math.inf), "resize": (-1, 1e5), "crop": (-1, 1e5), "workers": (0, 1024), "pictures": (0, 1000),
     "arch.mlp": (1, math.inf), "arch.patch": (1, math.inf), "contrast.width": (1, math.inf), "contrast.outputs": (1, math.inf),
     "contrast.temperature": (TINY, 1e6), "augment.shift": (0, 1), "augment.zoom": (0, 1 - 1e-9), "augment.rotate": (0, 180),
