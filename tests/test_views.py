@@ -17,6 +17,7 @@ from w2s_jax.augment import Augment
 from w2s_jax.models import vision as models
 
 EVERYTHING = {"shift": 0.2, "zoom": 0.3, "rotate": 30.0, "flip": True, "brightness": 0.1, "contrast": 0.4, "noise": 0.05}
+DRAW = jax.jit(lambda key: jax.random.uniform(key, (8,), minval=-1.0, maxval=1.0))
 BATCH = 11  # images a batch; nothing divides it
 
 
@@ -39,10 +40,10 @@ def test_geometry_is_that_of_scipy(keys, size):
     """Every output pixel reads a place of the input: rotated, then zoomed, about the centre, then shifted; borders repeat."""
     augment = Augment(**{key: EVERYTHING[key] for key in keys})
     images, drawn = pictures(4, *size), jax.random.split(jax.random.key(3), 4)
-    ours = augment(images, drawn)
+    changed = jax.jit(augment)(images, drawn)
     centre = (np.array(size) - 1) / 2
-    for image, key, got in zip(images, drawn, ours):
-        draw = np.asarray(jax.random.uniform(key, (8,), minval=-1.0, maxval=1.0), np.float64)
+    for image, key, got in zip(images, drawn, changed):
+        draw = np.asarray(DRAW(key), np.float64)
         angle = np.deg2rad(augment.rotate) * draw[0]
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / (1 + augment.zoom * draw[1:3, None])
         offset = centre - turn @ centre + augment.shift * np.array(size) * draw[3:5]
@@ -55,19 +56,19 @@ def test_values_change_by_at_most_what_was_asked():
     images = np.clip(pictures(64), 80, 170)  # far from 0 and 255, where they would be cut
     keys = jax.random.split(jax.random.key(1), 64)
     x = images.astype(np.float32)
-    flipped = np.asarray(Augment(flip=True)(images, keys))
+    flipped = np.asarray(jax.jit(Augment(flip=True))(images, keys))
     turned = (flipped == x[:, :, ::-1]).all(axis=(1, 2, 3))
     assert ((flipped == x).all(axis=(1, 2, 3)) ^ turned).all() and 16 < turned.sum() < 48
-    added = np.asarray(Augment(brightness=0.1)(images, keys)) - x
+    added = np.asarray(jax.jit(Augment(brightness=0.1))(images, keys)) - x
     assert np.ptp(added, axis=(1, 2, 3)).max() < 1e-3 and 20 < np.abs(added).max() <= 25.5 and added.min() < 0 < added.max()
     centred = x - x.mean(axis=(1, 2, 3), keepdims=True)
-    changed = np.asarray(Augment(contrast=0.4)(images, keys)) - x
+    changed = np.asarray(jax.jit(Augment(contrast=0.4))(images, keys)) - x
     factor = (changed * centred).sum(axis=(1, 2, 3), keepdims=True) / (centred**2).sum(axis=(1, 2, 3), keepdims=True)
     np.testing.assert_allclose(changed, factor * centred, atol=1e-3)
     assert np.abs(factor).max() <= 0.4 + 1e-4 and np.ptp(factor) > 0.5
-    noise = np.asarray(Augment(noise=0.05)(images, keys)) - x
+    noise = np.asarray(jax.jit(Augment(noise=0.05))(images, keys)) - x
     assert abs(noise.std() / (255 * 0.05) - 1) < 0.05 and abs(noise.mean()) < 1
-    cut = np.asarray(Augment(brightness=5)(images, keys))
+    cut = np.asarray(jax.jit(Augment(brightness=5))(images, keys))
     assert cut.min() == 0 and cut.max() == 255
 
 
@@ -119,8 +120,9 @@ def test_augmentation_is_for_training_alone():
     augmented, model = views.Augmented(network("new"), Augment(**EVERYTHING)), network("new")
     params = random_params(model.abstract)
     batch = {"images": pictures(4)[None], "documents": np.arange(4, dtype=np.int32)[None]}
-    np.testing.assert_array_equal(augmented.apply(params, batch), model.apply(params, batch))
-    assert np.abs(augmented.apply(params, batch, jax.random.key(0)) - model.apply(params, batch)).max() > 1e-3
+    plain = jax.jit(model.apply)(params, batch)
+    np.testing.assert_array_equal(jax.jit(augmented.apply)(params, batch), plain)
+    assert np.abs(jax.jit(augmented.apply)(params, batch, jax.random.key(0)) - plain).max() > 1e-3
 
 
 # --------------------------------------------------------------------------- the contrastive loss
@@ -134,10 +136,11 @@ def torch_nt_xent(z: torch.Tensor, temperature: float) -> torch.Tensor:
     return F.cross_entropy(similar, torch.cat([torch.arange(n, 2 * n), torch.arange(n)]))
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def ours(z: np.ndarray, weights: np.ndarray, temperature: float):
     loss = losses.make("contrastive", {"temperature": temperature}, ground_truth=True)
-    context = losses.Context(jnp.float32(0), jnp.asarray(weights), jnp.float32(weights.sum()))
-    return jax.value_and_grad(lambda z: loss(z, jnp.zeros((len(weights), 1)), context, {})[0])(jnp.asarray(z))
+    context = losses.Context(jnp.float32(0), weights, weights.sum())
+    return jax.value_and_grad(lambda z: loss(z, jnp.zeros((len(weights), 1)), context, {})[0])(z)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
@@ -169,13 +172,14 @@ def test_views_are_two_and_differ():
     model, _ = model_of("contrastive", Augment(**EVERYTHING))
     params, key = random_params(model.abstract), jax.random.key(2)
     batch = {"images": pictures(6).reshape(2, 3, 8, 8, 3), "documents": np.array([[0, 1, 2], [3, 4, -1]], np.int32)}
-    got = np.asarray(model.apply(params, batch, key)).reshape(6, 2, 8)
+    got = np.asarray(jax.jit(model.apply)(params, batch, key)).reshape(6, 2, 8)
     backbone = {k: params[k] for k in model.model.abstract}
+    changed = jax.jit(model.augment)
+    features = jax.jit(lambda image: model.model.features(backbone, {"images": image[None], "documents": np.zeros((1, 1), np.int32)})[0, 0])
     for i, document in enumerate(batch["documents"].reshape(-1)[:5]):
         for view in range(2):
             own = jax.random.fold_in(jax.random.fold_in(key, document), 2 + view)
-            image = model.augment(batch["images"].reshape(6, 8, 8, 3)[i : i + 1], own[None])
-            h = model.model.features(backbone, {"images": image[None], "documents": np.zeros((1, 1), np.int32)})[0, 0]
+            h = np.asarray(features(changed(batch["images"].reshape(6, 8, 8, 3)[i : i + 1], own[None])))
             up, down = params["projector"]["up"], params["projector"]["down"]
             want = np.maximum(h @ up["kernel"] + up["bias"], 0) @ down["kernel"] + down["bias"]
             np.testing.assert_allclose(got[i, view], want, atol=1e-5)
