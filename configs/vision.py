@@ -94,17 +94,20 @@ def get_config(arg: str = "") -> ConfigDict:
             c.strong_model, c.epochs = "dino_vitb8", 5
     elif arg in ("quick", "runlocal"):
         c.dataset, c.weak_model, c.strong_model = "digits", "", ""
-        c.n_weak, c.n_train, c.n_test = 100, 1097, 600
-        c.batch_size, c.epochs = 32, 40
+        c.n_weak, c.n_train, c.n_test = 200, 997, 600
+        c.batch_size, c.epochs, c.learning_rate = 32, 40, 3e-3
         c.losses, c.noise = ("xent", "logconf", "adaptconf"), (0.2, 0.4, 0.6)
-        c.l2 = (1e-1, 1e-2, 1e-3, 1e-4)
+        c.l2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
         c.finetune = True
-        for part, sizes in (("weak_train", (16, 1, 2, 32)), ("strong_train", (64, 4, 4, 256))):
-            c[part].arch.update(dict(zip(("width", "layers", "heads", "mlp"), sizes)))
-        c.weak_train.epochs = 60
-        c.strong_train.update({"epochs": 100, "batch_size": 256, "warmup_steps": 20, "optimizer": "adamw", "weight_decay": 0.05})
+        for part, sizes in (("weak_train", (16, 1, 2, 32)), ("strong_train", (96, 2, 2, 192))):
+            c[part].arch.update(dict(zip(("width", "layers", "heads", "mlp"), sizes), patch=4))
+        c.weak_train.update({"epochs": 60, "batch_size": 20, "learning_rate": 1e-2, "warmup_steps": 20})
+        c.strong_train.update({"epochs": 100, "batch_size": 128, "learning_rate": 3e-3, "warmup_steps": 20, "optimizer": "adamw",
+                               "weight_decay": 0.05})
+        c.strong_train.contrast.temperature = 0.5
         c.strong_train.augment.update({"shift": 0.125, "zoom": 0.2, "rotate": 20.0, "contrast": 0.3, "noise": 0.05})
-        c.student_train.epochs = 10
+        # From a head of zeros, losses that harden the student's answer would begin with class 0 for every image, and adaptconf stay there.
+        c.student_train.update({"epochs": 10, "learning_rate": 3e-4, "head_init": "normal"})
         if arg == "runlocal":
             c.seeds, c.losses, c.noise, c.l2, c.epochs = (0,), ("xent",), (), (), 4
             c.n_train, c.n_test, c.strong_train.epochs, c.strong_train.warmup_steps, c.weak_train.epochs = 256, 128, 4, 2, 10

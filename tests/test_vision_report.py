@@ -87,6 +87,7 @@ def test_what_is_written(tmp_path):
         if line.startswith("!["):
             assert (tmp_path / line.split("(")[1][:-1]).read_bytes()[:4] == b"\x89PNG"
     assert "6,000 images for training, 800 for the test, 10 classes" in text and "so few seeds" in text
+    assert "the weak labels are those of seed 0" in text and "its student (probe xent, seed 0)" in text
     # the numbers are those that were given
     row = results["methods"][1]
     shown = next(line for line in text.split("\n") if line.startswith("| probe adaptconf") and "%" in line)

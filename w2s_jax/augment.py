@@ -1,4 +1,9 @@
-"""Random changes of training images, on the device: each image's belong to (step, image), however a batch is cut."""
+"""Random changes of training images, on the device: each image's belong to (step, image), however a batch is cut.
+
+In this order: rotation, zoom and shift in one bilinear sampling (a pixel of the result reads the place to which its own, seen from
+the centre, is rotated, divided by the zoom and shifted: `scipy.ndimage.affine_transform` with order=1, mode="nearest"), flip, contrast,
+brightness, noise; then values are cut to [0, 255].
+"""
 
 from __future__ import annotations
 

@@ -114,9 +114,9 @@ def noise(levels: Sequence[dict]) -> dict[str, bytes]:
     axis.set_ylim(bottom=max(0.0, min(*means, *(r["label_accuracy"] for r in levels)) - 0.05), top=1.02)
     plain_axis(axis, "Accuracy against label noise", "share of the labels that were replaced by another class", "accuracy on the test set")
     seeds = max(len(r["accuracy"]) for r in levels)
-    handles = [_line(style, "mean over the seeds, 95% interval" if seeds > 1 else "student, 95% interval"),
+    handles = [_line(style, "mean over the seeds, 95% interval" if seeds > 1 else "probe, 95% interval"),
                *([legend_line((style[0], "x"), "one seed", line=False)] if seeds > 1 else []),
-               legend_guide("--", "accuracy of the labels: the student only copies")]
+               legend_guide("--", "accuracy of the labels: what a copy of them would have")]
     return render(figure, handles)
 
 

@@ -30,11 +30,12 @@ EPOCHS_NOTE = """Thick lines are means over the seeds, thin ones the seeds. Agre
 learns its supervisor's errors. "Highest" is known only by ground truth: no result, but what stopping at the right time would give."""
 AGREEMENT_NOTE = """On the test images, all of them and split by the weak model being right. Near-equal columns mean imitation, errors
 included; a student that knows better agrees less where the weak model is wrong."""
-NOISE_NOTE = """Trained on labels of which a share was replaced by another class, drawn evenly. Above the dashed line the student is better
-than its labels; the weak model's errors are not drawn evenly, and are harder to see through than these."""
-L2_NOTE = """Solved to convergence at each penalty. The penalty is chosen by the loss on held-out labels of the kind that is trained on: for
-the student no ground truth takes part. Agreement is with the weak model on the test images."""
-SHEET_NOTE = """What the images are, what the weak model said and what its student said, with the probabilities of these answers."""
+NOISE_NOTE = """Probes on the true labels after a share of them was replaced by another class, drawn evenly. Above the dashed line a probe
+is better than its labels; the weak model's errors are not drawn evenly, and are harder to see through than these."""
+L2_NOTE = """Probes solved to convergence at each penalty{first}. The penalty is chosen by the loss on held-out labels of the kind that is
+trained on: for the student no ground truth takes part. Agreement is with the weak model on the test images."""
+SHEET_NOTE = """Test images, with what the weak model and its student ({method}, seed {seed}) said and the probabilities of these answers.
+No random sample: in turns, as long as there are any, the student alone is right, the weak model alone is right, neither is, both are."""
 
 
 def write(folder, results: dict, pictures: Sequence[Picture] = ()) -> list[epath.Path]:
@@ -158,9 +159,10 @@ def _text(results: dict, files: set[str]) -> str:
     if r.get("noise"):
         parts += ["## Label noise", NOISE_NOTE, *image("noise"), _noise(r["noise"])]
     if r.get("l2"):
-        parts += ["## L2 penalty", L2_NOTE, *image("l2"), _l2(r["l2"])]
+        first = f"; the weak labels are those of seed {r['seeds'][0]}" if seeds > 1 else ""
+        parts += ["## L2 penalty", L2_NOTE.format(first=first), *image("l2"), _l2(r["l2"])]
     if SHEET in files:
-        parts += ["## Images", SHEET_NOTE, *image("images")]
+        parts += ["## Images", SHEET_NOTE.format(method=methods[0]["method"], seed=r["seeds"][0]), *image("images")]
     if seeds > 1:
         parts += ["## By seed", "One seed a row; its intervals come from the test images alone.", _by_seed(methods)]
     return "\n\n".join(parts) + "\n"
@@ -214,7 +216,7 @@ def _by_epoch(methods: Sequence[dict]) -> str:
 
 
 def _noise(levels: Sequence[dict]) -> str:
-    return markdown(("labels replaced", "accuracy of the labels", "accuracy of the student"),
+    return markdown(("labels replaced", "accuracy of the labels", "accuracy of the probe"),
                     [[percent(r["level"]), number(r["label_accuracy"]),
                       with_interval(math.fsum(r["accuracy"]) / len(r["accuracy"]), r["accuracy_ci"])]
                      for r in sorted(levels, key=lambda r: r["level"])])

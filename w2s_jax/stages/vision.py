@@ -169,10 +169,11 @@ class _Experiment:
             labels_lib.write_predictions(self._labels_file(s), documents, self.train_logits[s])
 
         results = {
-            "dataset": images.name, "strong": workload.shown(strong) if config.strong_model else "pretrained without labels",
+            "dataset": images.name,
+            "strong": workload.shown(strong) if config.strong_model else "strong network (pretrained here, without labels)",
             "n_train": len(split.train), "n_test": len(split.test), "n_weak": len(split.weak), "n_classes": images.n_classes,
             "seeds": list(self.seeds), "undecodable": len(self.prepared.bad), "undecodable_named": self.prepared.named_bad(),
-            "weak": self.compare.weak(workload.shown(config.weak_model) if config.weak_model else "trained here",
+            "weak": self.compare.weak(workload.shown(config.weak_model) if config.weak_model else "weak network (trained here)",
                                       [self.test_logits[s] for s in self.seeds]),
             "weak_train_accuracy": float(np.mean([metrics.accuracy(self.train_logits[s], images.labels[split.train]) for s in self.seeds])),
             "methods": [], "noise": [], "l2": {}}
