@@ -80,8 +80,8 @@ def start(tmp_path_factory):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["w2s_jax.stages.finetune", "w2s_jax.stages.sweep", "w2s_jax.stages.pretrain", "test_resume"])
 
-    def start(argv, log):
-        process = context.Process(target=attempt, args=([str(a) for a in argv], str(log)))
+    def start(argv, log, target=attempt):
+        process = context.Process(target=target, args=([str(a) for a in argv], str(log)))
         process.start()
         return process
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-import tiny
 import pytest
+import tiny
 from pictures import encoded, write_folder
 
 from w2s_jax.config import shipped
@@ -40,8 +40,6 @@ def write_model(folder, kind: str = "vit", seed: int = 0, classes: int = 0, imag
 
 def write_images(folder, per_class: int = 12, side: int = 8, **more) -> Path:
     """Class folders of PNGs whose colour is their class; `more`: further files by path."""
-    from pictures import encoded
-    from PIL import Image
 
     rng = np.random.default_rng(0)
     files = {}
@@ -58,10 +56,14 @@ def train(**keys):
     return tiny.set_keys(shipped("vision_train"), **DATA | NETWORK | keys)
 
 
-def vision(**keys):
-    """The config of a small experiment on digits whose networks are all trained here."""
+def vision_keys(**keys) -> dict:
+    """The keys of a small experiment on digits whose networks are all trained here."""
     networks = {f"{name}__{key}": value for name in ("weak_train", "strong_train", "student_train") for key, value in NETWORK.items()
                 if not (name == "student_train" and key.startswith("arch"))}
     small = {"weak_model": "", "strong_model": "", "n_weak": 24, "epochs": 3, "batch_size": 16, "seeds": (0,), "pictures": 4}
-    return tiny.set_keys(shipped("vision"), **DATA | small | networks | keys)
+    return DATA | small | networks | keys
 
+
+def vision(**keys):
+    """The config of such an experiment."""
+    return tiny.set_keys(shipped("vision"), **vision_keys(**keys))
