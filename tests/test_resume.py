@@ -23,7 +23,7 @@ from w2s_jax import stages, train
 from w2s_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMING = {"seconds", "compile_seconds", "tokens_per_second"}
+TIMING = {"seconds", "compile_seconds", "tokens_per_second", "images_per_second", "feature_seconds", "probe_seconds"}
 STEPS = 24
 KEYS = {"epochs": 3, "shuffle": "epoch", "checkpoint_every": 4, "steps_per_dispatch": 2, "learning_rate": 2e-3}
 RUNS = {
@@ -80,8 +80,8 @@ def start(tmp_path_factory):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["w2s_jax.stages.finetune", "w2s_jax.stages.sweep", "w2s_jax.stages.pretrain", "test_resume"])
 
-    def start(argv, log):
-        process = context.Process(target=attempt, args=([str(a) for a in argv], str(log)))
+    def start(argv, log, target=attempt):
+        process = context.Process(target=target, args=([str(a) for a in argv], str(log)))
         process.start()
         return process
 

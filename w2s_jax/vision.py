@@ -127,8 +127,13 @@ def transform(config, own: models.VisionConfig) -> images_lib.Transform:
 
 
 def loader(config, images: images_lib.ImageSet, own: models.VisionConfig) -> images_lib.Loader:
-    """The images as a model sees them."""
-    return images_lib.Loader(images, transform(config, own), workers=config.workers, bad=config.bad_images)
+    """The images as a model sees them. UserError: they are smaller than a patch of it."""
+    found = images_lib.Loader(images, transform(config, own), workers=config.workers, bad=config.bad_images)
+    patch = getattr(own.architecture, "patch", 1)
+    if min(found.size) < patch:
+        raise UserError(f"config.crop: {config.crop}, so that images have {found.size[1]} x {found.size[0]} pixels; expected at least one "
+                        f"patch of {patch}")
+    return found
 
 
 # --------------------------------------------------------------------------- what a run of vision_train is
@@ -159,8 +164,6 @@ def orders(config, n: int) -> list[np.ndarray]:
     Raises:
       UserError: there is none, or none is left after the warm-up.
     """
-    if not n:
-        raise UserError(f"split={config.split}: has no images; expected config.n_weak above 0")
     found = packing.batch_stream(n, config.batch_size, config.epochs, config.shuffle, config.seed)
     if not found:
         raise UserError(f"batch_size={config.batch_size}: {n} training images x {config.epochs:g} epochs do not fill one batch; expected "

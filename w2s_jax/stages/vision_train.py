@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import feeding, losses, metrics, optimizers, train, views, vision, workload
+from w2s_jax import feeding, forward, losses, metrics, optimizers, train, views, vision, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.augment import Augment
 from w2s_jax.data import images as images_lib
@@ -66,8 +66,14 @@ def _open(config, prepared: images_lib.Prepared) -> tuple[workload.Loaded, image
                          head_init=config.head_init, dropout=float(config.dropout))
     mesh = mesh_lib.make_mesh(config.mesh)
     shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
-    params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
+    params = _drawn((model, mesh, "init"), model.init, shardings, config.seed)
     return workload.Loaded(model, params, mesh, None, fallen if mesh.size > 1 else []), images
+
+
+def _drawn(name, init, shardings: dict, seed: int) -> dict:
+    """Parameters by `init(key)`, in place; compiled once in a process, since an experiment asks for as many as there are seeds."""
+    key = jax.random.key(seed)
+    return forward.compiled(name, lambda: jax.jit(init, out_shardings=shardings).lower(key).compile())(key)
 
 
 def _given(config, prepared, labels, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, int]:
@@ -119,7 +125,8 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     rates = optimizers.learning_rates(config.schedule, config.learning_rate, len(batches), config.warmup_steps)
     if not supervised:
         new, _ = mesh_lib.param_shardings(loaded.mesh, program.model.abstract)
-        loaded.params |= jax.jit(program.model.init_new, out_shardings={"projector": new["projector"]})(jax.random.key(config.seed))
+        drawn = _drawn((program.model, loaded.mesh, "init"), program.model.init_new, {"projector": new["projector"]}, config.seed)
+        loaded.params |= drawn
     stats: dict = {}
 
     with Run.open(workdir, config, ident, rerun=rerun) as run_:

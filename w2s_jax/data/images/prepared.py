@@ -29,8 +29,11 @@ class Prepared:
     checked: bool = False
 
     def part(self, name: str) -> np.ndarray:
-        """Rows of `weak`, `train`, `test`, or of `both` weak and train."""
-        return np.concatenate([self.split.weak, self.split.train]) if name == "both" else getattr(self.split, name)
+        """Rows of `weak`, `train`, `test`, or of `both` weak and train. UserError: there are none."""
+        rows = np.concatenate([self.split.weak, self.split.train]) if name == "both" else getattr(self.split, name)
+        if not len(rows):
+            raise UserError(f"split={name}: has no images; expected config.n_{name} above 0")
+        return rows
 
     @property
     def rows(self) -> np.ndarray:
