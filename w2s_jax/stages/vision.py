@@ -22,7 +22,7 @@ from etils import epath
 
 from w2s_jax import checkpoint as ckpt
 from w2s_jax import config as config_lib
-from w2s_jax import gallery, losses, metrics, runlog, stages, transfer, vision, vision_report, workload
+from w2s_jax import gallery, losses, metrics, readings, runlog, stages, transfer, vision, vision_report, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.config import GIVEN, NETWORKS, SET
 from w2s_jax.data import images as images_lib
@@ -115,7 +115,7 @@ class _Experiment:
         self.notes: list[str] = []
         self._first_student = None  # test logits of the first seed's student with the first loss
         place = config.features or path / "features"
-        self.given = {key: vision.Reading(key, config[f"{key}_model"], config[f"{key}_revision"], config, self.images, place)
+        self.given = {key: readings.Reading(key, config[f"{key}_model"], config[f"{key}_revision"], config, self.images, place)
                       for key in ("weak", "strong") if config[f"{key}_model"]}
         loaders = [loader for key, used in _used(config).items() if used and (loader := self._check(key))]
         for part in self.given.values():
@@ -196,9 +196,9 @@ class _Experiment:
         stages.run(base, self.graph.path(node), prepared=self.prepared, rerun=self.rerun)
         return self.graph.path(node)
 
-    def _read(self, key: str, name: str) -> vision.Reading:
+    def _read(self, key: str, name: str) -> readings.Reading:
         """What a model reads of the images, after one pass over those that lack it."""
-        part = self.given.get(key) or vision.Reading(key, name, "main", self.config, self.images, self.path / "features")
+        part = self.given.get(key) or readings.Reading(key, name, "main", self.config, self.images, self.path / "features")
         part.compute(self._rows(), self.stats)
         self.prepared = self.prepared.without(part.loader, self.notes)
         return part

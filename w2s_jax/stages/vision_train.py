@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import feeding, forward, losses, metrics, optimizers, train, views, vision, workload
+from w2s_jax import feeding, forward, losses, metrics, optimizers, readings, train, views, vision, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.augment import Augment
 from w2s_jax.data import images as images_lib
@@ -145,7 +145,7 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
         documents = vision.examples(prepared.images, test)
 
         def predicted(params, progress=None) -> np.ndarray:
-            return vision.predict(config, loaded.model, params, images, test, loaded.mesh, stats=stats, progress=progress)
+            return readings.predict(config, loaded.model, params, images, test, loaded.mesh, stats=stats, progress=progress)
 
         def evaluated(params) -> dict:
             found = vision.evaluate(predicted(params), documents)
