@@ -12,8 +12,21 @@ ILSVRC2012_devkit_t12.tar.gz. Published top-1 accuracies, which these two preset
     resnet50    56.6              64.5       61.9       .67     20 epochs
     vitb8       56.6              74.0       66.6       .57     5 epochs
 
-`:quick` needs no network: on scikit-learn's digits a small vision transformer learns from 100 images and labels; the strong one is
-pretrained without labels by our own code, on the training images only. `:runlocal` is a smoke run of the same.
+`:quick` needs no network and takes about two minutes on two cores: scikit-learn's digits. The weak network, a vision transformer of
+width 16, learns from 200 images and labels; the strong one, of width 96, is pretrained without labels by our own code on the images that
+are not in the test part (SimCLR), and its probes learn from labels of 997 images. Test accuracies on 600 images, means over three seeds,
+PGR with its 95% interval; every setting was chosen on other splits and seeds:
+
+    weak .718                 ceiling    student    PGR
+    probe xent                .976       .863       .56 [.47, .67]
+    probe logconf             .976       .912       .75 [.68, .82]
+    probe adaptconf           .976       .892       .68 [.59, .75]
+    probe converged           .967       .812       .38 [.22, .53]    l2 by the loss on held-out labels
+    fine-tuned xent           .977       .836       .45 [.37, .56]
+    fine-tuned logconf        .977       .772       .21 [.02, .38]
+    fine-tuned adaptconf      .977       .831       .44 [.25, .60]
+
+`:runlocal` is a smoke run of the same.
 """
 
 from ml_collections import ConfigDict

@@ -74,7 +74,7 @@ def drawn(n: int, side: int = 32, names=CIFAR) -> list[Picture]:
 
 
 def test_what_is_written(tmp_path):
-    results = made()
+    results = made() | {"n_weak": 1200}
     files = vision_report.write(tmp_path, results, drawn(7))
     assert {p.name for p in files} == {p.name for p in tmp_path.iterdir()} == {
         "report.md", "images.png", *(f"{f}.csv" for f in vision_report.FRAMES),
@@ -86,7 +86,7 @@ def test_what_is_written(tmp_path):
     for line in text.split("\n"):
         if line.startswith("!["):
             assert (tmp_path / line.split("(")[1][:-1]).read_bytes()[:4] == b"\x89PNG"
-    assert "6,000 images for training, 800 for the test, 10 classes" in text and "so few seeds" in text
+    assert "6,000 images for training, 800 for the test, 10 classes, 1,200 images apart" in text and "so few seeds" in text
     assert "the weak labels are those of seed 0" in text and "its student (probe xent, seed 0)" in text
     # the numbers are those that were given
     row = results["methods"][1]

@@ -116,7 +116,7 @@ def noise(levels: Sequence[dict]) -> dict[str, bytes]:
     seeds = max(len(r["accuracy"]) for r in levels)
     handles = [_line(style, "mean over the seeds, 95% interval" if seeds > 1 else "probe, 95% interval"),
                *([legend_line((style[0], "x"), "one seed", line=False)] if seeds > 1 else []),
-               legend_guide("--", "accuracy of the labels: what a copy of them would have")]
+               legend_guide("--", "accuracy of the labels themselves")]
     return render(figure, handles)
 
 

@@ -22,7 +22,7 @@ PLOTS = ("accuracy", "top5", "epochs", "noise", "l2")  # each a png and a svg fi
 SHEET = "images.png"
 
 ROLES = """Weak: {weak}, as it is. Ceiling: {strong} with ground truth. Student: {strong} with the weak model's labels, in the same way.
-PGR = (student - weak) / (ceiling - weak). {dataset}: {n_train} images for training, {n_test} for the test, {n_classes} classes;
+PGR = (student - weak) / (ceiling - weak). {dataset}: {n_train} images for training, {n_test} for the test, {n_classes} classes{apart};
 seeds {seeds}."""
 DRAWN = "test images (one seed: its luck is not in the intervals)", "test images, then seeds"
 FEW_SEEDS = " (so few seeds understate the spread between them)"
@@ -44,11 +44,12 @@ def write(folder, results: dict, pictures: Sequence[Picture] = ()) -> list[epath
     Args:
       folder: made where it does not exist; files of an older report that this one does not have are removed.
       results: `weak` {name, accuracy, accuracy_ci, top5, top5_ci}; `strong`, `dataset` (names); `n_train`, `n_test`, `n_classes`,
-        `seeds`; `replicates` of the bootstrap (default: metrics.REPLICATES); `methods`, one dict a method: `method`, all of
-        `metrics.pgr` on accuracy, `top5` (the same on top-5 accuracy, or None), `agreement` (`metrics.agreement`), `by_seed` (one
-        dict a seed: `seed` and `metrics.pgr`), `epochs` ({accuracy, agreement, ceiling}: lists of epochs, one a seed; or None);
-        `noise`, one dict a level: level, label_accuracy, accuracy (one a seed), accuracy_ci; `l2`: name of a label set -> its path,
-        dicts of l2, heldout_loss, accuracy, agreement, chosen. top5, agreement, epochs, noise and l2 may be absent.
+        `seeds`; `n_weak` (images of a weak model's own, if any); `replicates` of the bootstrap (default: metrics.REPLICATES);
+        `methods`, one dict a method: `method`, all of `metrics.pgr` on accuracy, `top5` (the same on top-5 accuracy, or None),
+        `agreement` (`metrics.agreement`), `by_seed` (one dict a seed: `seed` and `metrics.pgr`), `epochs` ({accuracy, agreement,
+        ceiling}: lists of epochs, one a seed; or None); `noise`, one dict a level: level, label_accuracy, accuracy (one a seed),
+        accuracy_ci; `l2`: name of a label set -> its path, dicts of l2, heldout_loss, accuracy, agreement, chosen. top5, agreement,
+        epochs, noise and l2 may be absent.
       pictures: at most gallery.MOST.
     Returns:
       the files written.
@@ -142,7 +143,8 @@ def _text(results: dict, files: set[str]) -> str:
         return [f"![{name}]({name}.png)"] if f"{name}.png" in files else []
 
     drawn = DRAWN[seeds > 1] + (FEW_SEEDS if 1 < seeds < 5 else "")
-    roles = ROLES.format(weak=weak["name"], strong=r["strong"], dataset=r["dataset"], seeds=" ".join(map(str, r["seeds"])),
+    apart = f", {r['n_weak']:,} images apart for the weak model" if r.get("n_weak") else ""
+    roles = ROLES.format(apart=apart, weak=weak["name"], strong=r["strong"], dataset=r["dataset"], seeds=" ".join(map(str, r["seeds"])),
                          **{k: f"{r[k]:,}" for k in ("n_train", "n_test", "n_classes")})
     parts = [f"# Weak-to-strong report: {weak['name']} -> {r['strong']} on {r['dataset']}", roles,
              tables.INTERVALS_NOTE.format(replicates=r.get("replicates", metrics.REPLICATES), seeds=drawn)]
