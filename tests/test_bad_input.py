@@ -243,7 +243,8 @@ def test_every_number_in_the_configs_has_a_range():
     for name in configs.names():
         config = configs.shipped(name)
         for key in configs.flatten(config):
-            inner = re.sub(r"^(base|pretrain|probe|prompt|(weak|strong|student)_train)\.", "", key) if name in ("sweep", "vision") else key
+            nested = r"^(base|pretrain|probe|prompt|(weak|strong|student)_train)\."
+            inner = re.sub(nested, "", key) if name in ("sweep", "vision") else key
             if configs.key_type(config, key) in (int, float) and not inner.startswith("mesh."):
                 assert inner in RANGES, f"configs/{name}.py: {key} takes any number, also one that ends in a traceback"
 

@@ -108,6 +108,46 @@ def test_files_of_the_users(tmp_path, examples, suffix, columns, expected):
     np.testing.assert_array_equal(labels.attach(examples, path).soft_labels, np.float32(expected))
 
 
+def columns(**changes):
+    """A label file of the usual types, as arrow has it."""
+    probs = np.random.default_rng(0).dirichlet(np.ones(4), 9000)
+    probs = pa.array(list(probs), pa.list_(pa.float32()))
+    return {"id": [f"i{n}" for n in range(9000)], "text_sha": ["s"] * 9000, "probs": probs} | changes
+
+
+@pytest.mark.parametrize("make", [
+    lambda c: pa.table(c), lambda c: pa.concat_tables([pa.table(c).slice(0, 4000), pa.table(c).slice(4000)]),
+    lambda c: pa.table(c | {"probs": pa.array(c["probs"].to_pylist(), pa.list_(pa.float64(), 4)), "weight": np.arange(9000.0)}),
+    lambda c: pa.table(c | {"id": pa.array(c["id"], pa.large_string()), "probs": c["probs"].cast(pa.large_list(pa.float32()))}),
+], ids=["lists", "chunks", "fixed size, doubles, weights", "large types"])
+def test_columns_are_read_as_rows_are(tmp_path, make):
+    """The way without a Python object a number gives what the way row by row gives, in all the types that hold such a table."""
+    pq.write_table(make(columns()), tmp_path / "labels.parquet")
+    file, table = str(tmp_path / "labels.parquet"), labels.sources.read_table(tmp_path / "labels.parquet", labels.COLUMNS)
+    fast, slow = labels._columns(file, table), labels._rows(file)
+    assert fast[0] == slow[0] and fast[2] == slow[2]
+    for one, two in ((fast[1], slow[1]), (fast[3], slow[3])):
+        np.testing.assert_array_equal(one, two)
+    assert fast[1].dtype == slow[1].dtype == np.float32
+
+
+@pytest.mark.parametrize("row", [0, 4095, 4096, 8999])
+@pytest.mark.parametrize("bad", [[0.5, 0.6, 0, 0], [float("nan"), 0.5, 0.5, 0], [1.5, -0.5, 0, 0], [0, 0, 0, 0]])
+def test_a_bad_row_of_many_is_named(tmp_path, row, bad):
+    probs = columns()["probs"].to_pylist()
+    probs[row] = bad
+    pq.write_table(pa.table(columns(probs=pa.array(probs, pa.list_(pa.float32())))), tmp_path / "labels.parquet")
+    with pytest.raises(UserError, match=rf"labels.parquet, row {row}: column 'probs' is .*, expected probabilities that sum to 1"):
+        labels.read(tmp_path / "labels.parquet")
+
+
+def test_columns_of_other_types_are_read_row_by_row(tmp_path):
+    few = {"id": [1, 2], "probs": [[0.5, 0.5], [1, 0]]}
+    pq.write_table(pa.table(few), tmp_path / "labels.parquet")
+    found = labels.read(tmp_path / "labels.parquet")
+    assert found.ids == ["1", "2"] and found.probs.tolist() == [[0.5, 0.5], [1, 0]] and found.text_shas is None
+
+
 def test_fingerprint_is_of_the_content(tmp_path):
     table = rows()
     prints = [labels.read(write(tmp_path / name, t)).fingerprint for name, t in (
@@ -115,6 +155,7 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 @pytest.mark.parametrize("changes, message", [
     ({"id": ["t/train/0/0", "t/train/3/0", "t/train/9/0"]},
      "1 of 3 documents have no label, the first 't/train/3/1'; 1 of 3 labels have no document, the first 't/train/3/0'"),
@@ -135,8 +176,8 @@ def test_fingerprint_is_of_the_content(tmp_path):
     ({"weight": [1.0, 1.0, float("nan")]}, "row 2: column 'weight' is NaN"),
     ({"weight": [0.0, 0.0, 0.0]}, "every row has weight 0"),
 ])
-def test_labels_that_do_not_fit(tmp_path, examples, changes, message):
-    path = write(tmp_path / "labels.jsonl", rows(**changes))
+def test_labels_that_do_not_fit(tmp_path, examples, changes, message, suffix):
+    path = write(tmp_path / f"labels{suffix}", rows(**changes))
     with pytest.raises(UserError) as error:
         labels.attach(examples, path)
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
