@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-import tinyvision  # noqa: E402
+import tinyvision
 
-from w2s_jax import runlog, stages, vision  # noqa: E402
-from w2s_jax.errors import UserError  # noqa: E402
+from w2s_jax import runlog, stages, vision
+from w2s_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
