@@ -487,7 +487,9 @@ def test_help(capfd):
     said = capfd.readouterr().out
     assert re.search(r"--config.losses=xent +of students, by name", said) and "\n  weak_train: Optimisation\n" in said
     assert "--config.weak_train.epochs=" in said and "--config.weak_train.dataset" not in said and "--config.student_train.arch" not in said
-    assert "\n  strong_train\n" in said or "\n  strong_train: Model\n" in said
+    for network in ("weak_train", "strong_train", "student_train"):
+        first, *others = re.findall(rf"\n  ({network}(?:: \w+)?)\n", said)
+        assert first == network and f"{network}: Optimisation" in others and f"{network}: Augmentation" not in first
     assert entry.main(["--config=vision_train", "--help"]) == 0
     assert "--config.arch.width=64" in capfd.readouterr().out
 

@@ -277,7 +277,7 @@ def help_text(spec: tuple[str, str | None] | None) -> str:
     rows, flat = [], configs.flatten(config)
     for prefix in (p for p in sources if p):
         flat = {k: v for k, v in flat.items() if not k.startswith(prefix) or not _set_elsewhere(prefix[:-1], k.removeprefix(prefix))}
-        headings |= {next(k for k in flat if k.startswith(prefix)): prefix[:-1]}
+        headings.setdefault(next(k for k in comments if k in flat and k.startswith(prefix)), prefix[:-1])
     for key in [*(k for k in comments if k in flat), *(k for k in flat if k not in comments)]:
         if key in headings:
             lines += [*_table(rows), "", f"  {headings[key]}"]
