@@ -91,7 +91,7 @@ def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared |
                         "revisions": {f"{part.key}_model": part.commit for part in experiment.given.values()}})
             for note in prepared.notes:
                 say(note)
-            say(f"{workload.shown(workdir)}: {prepared.images.name}, {prepared.images.n_classes} classes, {len(prepared.split.train)} "
+            say(f"{workload.shown(workdir)}: {workload.shown(prepared.images.name)}, {prepared.images.n_classes} classes, {len(prepared.split.train)} "
                 f"images to learn from and {len(prepared.split.test)} to test on")
             results = experiment.run(run_) | {"seconds": time.perf_counter() - start}
             ckpt.Checkpoints(run_.path).clear()  # the probes' progress: their predictions are written

@@ -140,7 +140,7 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
             say(note)
         what = f"loss {config.loss}" if supervised else "contrastive, without labels"
         say(f"{workload.shown(workdir)}: {workload.shown(config.model) if config.model else 'a new vision transformer'} on "
-            f"{prepared.images.name}, {what}, {len(rows)} images of {images.size[1]} x {images.size[0]}, {len(batches)} steps of "
+            f"{workload.shown(prepared.images.name)}, {what}, {len(rows)} images of {images.size[1]} x {images.size[0]}, {len(batches)} steps of "
             f"{config.batch_size}")
         documents = vision.examples(prepared.images, test)
 
