@@ -91,8 +91,8 @@ def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared |
                         "revisions": {f"{part.key}_model": part.commit for part in experiment.given.values()}})
             for note in prepared.notes:
                 say(note)
-            say(f"{workload.shown(workdir)}: {workload.shown(prepared.images.name)}, {prepared.images.n_classes} classes, {len(prepared.split.train)} "
-                f"images to learn from and {len(prepared.split.test)} to test on")
+            say(f"{workload.shown(workdir)}: {workload.shown(prepared.images.name)}, {prepared.images.n_classes} classes, "
+                f"{len(prepared.split.train)} images to learn from and {len(prepared.split.test)} to test on")
             results = experiment.run(run_) | {"seconds": time.perf_counter() - start}
             ckpt.Checkpoints(run_.path).clear()  # the probes' progress: their predictions are written
             run_.finish(results)
@@ -169,7 +169,7 @@ class _Experiment:
             labels_lib.write_predictions(self._labels_file(s), documents, self.train_logits[s])
 
         results = {
-            "dataset": images.name,
+            "dataset": workload.shown(images.name),
             "strong": workload.shown(strong) if config.strong_model else "strong network (pretrained here, without labels)",
             "n_train": len(split.train), "n_test": len(split.test), "n_weak": len(split.weak), "n_classes": images.n_classes,
             "seeds": list(self.seeds), "undecodable": len(self.prepared.bad), "undecodable_named": self.prepared.named_bad(),

@@ -139,9 +139,9 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
         for note in notes:
             say(note)
         what = f"loss {config.loss}" if supervised else "contrastive, without labels"
-        say(f"{workload.shown(workdir)}: {workload.shown(config.model) if config.model else 'a new vision transformer'} on "
-            f"{workload.shown(prepared.images.name)}, {what}, {len(rows)} images of {images.size[1]} x {images.size[0]}, {len(batches)} steps of "
-            f"{config.batch_size}")
+        name = workload.shown(config.model) if config.model else "a new vision transformer"
+        say(f"{workload.shown(workdir)}: {name} on {workload.shown(prepared.images.name)}, {what}, {len(rows)} images of "
+            f"{images.size[1]} x {images.size[0]}, {len(batches)} steps of {config.batch_size}")
         documents = vision.examples(prepared.images, test)
 
         def predicted(params, progress=None) -> np.ndarray:
