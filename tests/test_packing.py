@@ -8,7 +8,7 @@ import tiny
 
 from w2s_jax.data import packing
 from w2s_jax.data.packing import MAX_SHAPES, Shape, assemble, batch_stream, best_fit, deal, plan_forward, plan_training
-from w2s_jax.train import dispatch_ranges
+from w2s_jax.feeding import dispatch_ranges
 
 SEEDS = range(25)
 LAYOUTS = [(1, 1), (3, 1), (1, 8), (5, 4)]  # (microbatches, cells)

@@ -10,6 +10,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
 import torch
 from torchfiles import PLAIN, ZIP, Stored, Told, dumped, plain, save, tensor, zipped
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
 import torch
 from torchfiles import PLAIN, ZIP, Stored, Told, Watch, dumped, plain, save, tensor, zipped
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
 import torch
 from scipy import ndimage
 from torch.nn import functional as F

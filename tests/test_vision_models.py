@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+
+pytest.importorskip("torch")
 import torch
 import transformers
 import vision_reference as reference
