@@ -24,6 +24,8 @@ from w2s_jax.models import vision as models
 from w2s_jax.progress import Progress, say
 from w2s_jax.runlog import Run
 
+HARDENED = ("logconf", "logconf_openai", "adaptconf")  # losses whose targets hold the student's own arg max
+
 
 def identity(config, planned: dict | None = None, prepared=None, labels: labels_lib.Labels | None = None) -> dict:
     """What the run is; `planned` = the runs that a graph of runs will make, `prepared`, `labels` = its images and labels where they are
@@ -119,6 +121,9 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
     batches = vision.orders(config, len(rows))
     program = _program(config, loaded, soft)
     notes += [notice for notice in (program.loss.notice, program.optimizer.notice) if notice]
+    if supervised and config.head_init == "zeros" and config.loss in HARDENED and classes > 2:
+        notes.append(f"loss={config.loss}: with head_init=zeros every image's hardened answer begins as class 0, and may stay so; "
+                     "head_init=normal begins without that")
     ids = [prepared.images.ids[r] for r in rows]
     corpus = feeding.Images(lambda documents: images.pixels(rows[documents]), images.size, soft.astype(np.float32), ids, weights)
     plan = feeding.make_plan(config, program.model, corpus, batches, loaded.mesh)
