@@ -79,7 +79,7 @@ def test_the_table():
 
 
 def test_torchs_own_folder(monkeypatch):
-    import torch
+    torch = pytest.importorskip("torch")
 
     for home, cache in (("/a/b", None), (None, "/c"), (None, None)):
         for key, value in (("TORCH_HOME", home), ("XDG_CACHE_HOME", cache)):
