@@ -67,3 +67,24 @@ def vision_keys(**keys) -> dict:
 def vision(**keys):
     """The config of such an experiment."""
     return tiny.set_keys(shipped("vision"), **vision_keys(**keys))
+
+
+@pytest.fixture(scope="module", name="published")
+def published_checkpoints(tmp_path_factory):
+    """What a user of published checkpoints has: class folders, a .pth file with a classifier, one without; and the networks in torch."""
+    import torchfiles
+    from vision_reference import ResNet, randomize
+
+    root = tmp_path_factory.mktemp("published")
+    weak = randomize(ResNet((1, 1), stem=8, inner=(8, 16), expansion=1, classes=3, bottleneck=False, small=True), 1)
+    strong = randomize(ResNet((1, 1), stem=8, inner=(8, 8), expansion=2, classes=0), 2)
+    torchfiles.save({"state_dict": {f"module.{k}": v for k, v in weak.state_dict().items()}}, root / "weak.pth", torchfiles.ZIP)
+    torchfiles.save(strong.state_dict(), root / "strong.pth", torchfiles.ZIP)
+    write_images(root / "data", per_class=20)
+    return {"root": root, "weak": weak, "strong": strong}
+
+
+def keys_of(published, **keys) -> dict:
+    root = published["root"]
+    return {"weak_model": str(root / "weak.pth"), "strong_model": str(root / "strong.pth"), "dataset": str(root / "data"), "n_train": 40,
+            "n_test": 0, "n_weak": 0, "epochs": 3, "batch_size": 16, "seeds": (0, 3), "learning_rate": 0.02, "data_seed": 5} | keys

@@ -107,8 +107,8 @@ def passes(name, function: Callable, params, batches: Iterable, mesh, *, stats=N
     yield from collect(keep=0)
 
 
-def forward(model, params, batches: list[packing.EvalBatch], documents: int, mesh, *, stats=None, progress=None) -> np.ndarray:
-    """`predict` over batches that are packed already (evaluations every N steps pack once)."""
+def forward(model, params, batches: Iterable, documents: int, mesh, *, stats=None, progress=None) -> np.ndarray:
+    """`predict` over batches that are made already (evaluations every N steps pack once), or as they are asked for; see `passes`."""
     out = None
     for batch, logits in passes((model, "forward"), model.apply, params, batches, mesh, stats=stats, progress=progress):
         if out is None:

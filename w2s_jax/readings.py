@@ -54,15 +54,8 @@ def predict(config, model, params, loader_: images_lib.Loader, rows: np.ndarray,
     Raises:
       UserError: they are not finite.
     """
-    size = batch_size(config, loader_.size, mesh)
-    out = np.full((len(rows), model.classes), np.nan, np.float32)
-    made = batches(loader_, rows, size, mesh_lib.cells(mesh))
-    for batch, logits in forward.passes((model, "forward"), model.apply, params, made, mesh, stats=stats, progress=progress):
-        real = batch.documents >= 0
-        out[batch.documents[real]] = logits[real]
-    if not np.isfinite(out).all():
-        raise UserError("the model's outputs are not finite")
-    return out
+    made = batches(loader_, rows, batch_size(config, loader_.size, mesh), mesh_lib.cells(mesh))
+    return forward.forward(model, params, made, len(rows), mesh, stats=stats, progress=progress)
 
 
 class Images(store.Source):

@@ -50,6 +50,7 @@ class Source(abc.ABC):
       keys: by which each is known in the store; "" = not to be kept (an image that turned out to be broken).
       width: numbers of a row.
       label, unit: of progress bars. things, what: what is read, and what is read of it, in messages.
+      key_column: name of the keys in index.json.
     """
 
     ids: list[str]
@@ -59,6 +60,7 @@ class Source(abc.ABC):
     unit: str = "doc"
     things: str = "documents"
     what: str = "hidden states"
+    key_column: str = "keys"
 
     @abc.abstractmethod
     def select(self, rows) -> Source:
@@ -83,8 +85,6 @@ class Source(abc.ABC):
 
     def recall(self, noted: dict) -> None:  # noqa: B027 (nothing to do for most)
         """Takes over what `noted` gave."""
-
-    key_column: str = "keys"
 
 
 class Store:

@@ -74,11 +74,6 @@ def fingerprint(model: str, revision: str, planned: dict | None = None) -> str:
     return workload.fingerprint_model(model, revision, planned)
 
 
-def precision(config):
-    """Context manager for `config.matmul_precision`."""
-    return workload.precision(config)
-
-
 def place(model, mesh_shape, folder: hub.Folder, seed: int = 0) -> workload.Loaded:
     """A model of `models.vision` with the parameters of its checkpoint on a mesh; `seed` initialises a new head."""
     mesh = mesh_lib.make_mesh(mesh_shape)

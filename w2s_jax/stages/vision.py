@@ -80,7 +80,7 @@ def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared |
     ident = identity(config, prepared=prepared)
     if (done := workload.finished(workdir, config, ident, rerun, transfer.summary)) is not None:
         return done
-    with vision.precision(config):
+    with workload.precision(config):
         experiment = _Experiment(config, epath.Path(workdir).expanduser(), prepared, rerun)  # refuses what cannot be used
         with Run.open(workdir, config, ident, rerun=rerun) as run_:
             for name in MADE if rerun else ():

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import files, runlog, vision
+from w2s_jax import files, runlog, workload
 from w2s_jax.errors import UserError, nearest
 from w2s_jax.models import vision as models
 from w2s_jax.probes import measure
@@ -47,7 +47,7 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
         raise UserError(f"config.networks: {unknown[0]!r}, expected some of {', '.join(NETWORKS)}{nearest(unknown[0], NETWORKS)}")
     if config.torch and importlib.util.find_spec("torch") is None:
         raise UserError("config.torch: True, but torch is not installed (pip install torch==2.13.0); expected False without it")
-    with vision.precision(config), Run.open(workdir, config, identity(config), rerun=rerun) as run_:
+    with workload.precision(config), Run.open(workdir, config, identity(config), rerun=rerun) as run_:
         file = epath.Path(run_.path) / "benchmark.md"
         if run_.results is None:
             run_.start()

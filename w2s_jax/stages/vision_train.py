@@ -52,7 +52,7 @@ def run(config, workdir, *, rerun: bool = False, prepared: images_lib.Prepared |
     ident = identity(config, prepared=prepared, labels=labels)
     if (done := workload.finished(workdir, config, ident, rerun, summary)) is not None:
         return done
-    with vision.precision(config):
+    with workload.precision(config):
         return _run(config, workdir, prepared, labels, ident, rerun, start)
 
 
@@ -114,6 +114,11 @@ def _program(config, loaded: workload.Loaded, soft_labels: np.ndarray) -> train.
 def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: float) -> dict:
     notes = list(prepared.notes)  # said once the input is known to be good
     loaded, images = _open(config, prepared)
+    if config.objective == "contrastive":
+        try:
+            models.check_save(loaded.model.config)
+        except UserError as error:
+            raise UserError(f"config.model: {config.model!r} cannot be pretrained: what is kept of it is its model/, but {error}") from None
     prepared = prepared.decoded(images, notes)
     supervised, classes = config.objective == "supervised", prepared.images.n_classes
     rows, test = prepared.part(config.split), prepared.split.test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -42,8 +43,8 @@ def image_sha(encoded: bytes | np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-class Source:
-    """Where the images of a set lie; shared by all selections from it. Subclasses give `read` and `stamp`.
+class Source(abc.ABC):
+    """Where the images of a set lie; shared by all selections from it.
 
     Attributes:
       home: names the place and its state (path, size, time of change), "" where hashes are not worth keeping.
@@ -55,13 +56,13 @@ class Source:
         self._known: dict[str, str] | None = None
         self._lock = threading.Lock()
 
+    @abc.abstractmethod
     def read(self, key) -> bytes | np.ndarray:
         """The encoded bytes, or the pixels uint8 `[height, width, 3]`, of one image; called from several threads at once."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stamp(self, key) -> str:
         """Names an image and its state within `home`, without reading it: what its hash is kept by."""
-        raise NotImplementedError
 
     def facts(self, key) -> str:
         """What reading the image says, as kept between runs: its `image_sha`."""

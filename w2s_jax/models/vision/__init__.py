@@ -29,8 +29,8 @@ from w2s_jax.models.vision.reading import MODEL_TYPES, new_vit, open_checkpoint,
 from w2s_jax.models.vision.transformer import ViTBackbone
 from w2s_jax.models.weights import paths
 
-__all__ = ["HEAD_INITS", "HEADS", "MODEL_TYPES", "VisionConfig", "VisionModel", "build", "load", "new_vit", "read_config", "save",
-           "stored_dtype"]
+__all__ = ["HEAD_INITS", "HEADS", "MODEL_TYPES", "VisionConfig", "VisionModel", "build", "check_save", "load", "new_vit", "read_config",
+           "save", "stored_dtype"]
 
 HEADS = ("own", "new", "none")  # the checkpoint's classifier | one linear layer on the features | features only
 HEAD_INITS = tuple(name for name in heads.HEAD_INITS if name != "unembedding")
@@ -183,6 +183,11 @@ def stored_dtype(path) -> str:
     """The parameter type that keeps a checkpoint's digits: bfloat16 where all of its numbers (counters apart) are, else float32."""
     found = {tensor.dtype for tensor in open_checkpoint(path).tensors.values()} - {"I64"}
     return "bfloat16" if found == {"BF16"} else "float32"
+
+
+def check_save(config: VisionConfig) -> None:
+    """UserError where `save` has no format for such a model."""
+    writing.check(config)
 
 
 def save(folder, params: dict, model: VisionModel, class_names: tuple[str, ...] = ()) -> None:

@@ -59,6 +59,11 @@ def save(folder, params: dict, model, class_names: tuple[str, ...] = ()) -> None
     write(folder, entries, {"config.json": as_json(raw), preprocessing.FILE: as_json(preprocessing.write(config))})
 
 
+def check(config: VisionConfig) -> None:
+    """UserError where transformers has no class for such a model."""
+    _config(config)
+
+
 def _config(config: VisionConfig) -> tuple[VisionConfig, dict]:
     """The config of the same model as transformers has it, and its config.json."""
     arch = config.architecture
