@@ -17,8 +17,9 @@ from w2s_jax.hlo import Collective
 from w2s_jax.trainable import split_params
 
 BANDWIDTH = 0.8  # share of the published bandwidths, of memory and links, that is reached
+HOP = 1e-6  # seconds from a chip to the next one, which no collective is faster than
 ROOM = 0.92  # share of a chip's memory that the arithmetic may fill before a compilation is spent on it
-LADDER = ("none", "dots_no_batch", "full")  # policies that are tried, from the fastest to the smallest
+LADDER = ("none", "full")  # policies that are tried, from the fastest to the smallest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Times:
 def times(work: Work, topology: chips.Topology, mesh: dict[str, int], utilisation: float, dtype: str, precision: str) -> Times:
     """How long the work takes: FLOPs at `utilisation` of the peak, bytes at BANDWIDTH of what is published."""
     chip = topology.chip
-    links = sum(c.bytes / (link_bandwidth(topology, mesh, c.group) * BANDWIDTH) for c in work.collectives)
+    links = sum(c.bytes / (link_bandwidth(topology, mesh, c.group) * BANDWIDTH) + c.count * HOP * max(c.group // 2, 1)
+                for c in work.collectives)
     return Times(work.flops / (chip.peak(dtype, precision) * utilisation), work.bytes / (chip.bandwidth * BANDWIDTH), links)
 
 
