@@ -200,7 +200,7 @@ def set_words(c: ConfigDict, text: str, name: str) -> None:
             raise ValueError(f"configs/{name}.py takes ':runlocal' or keys, as key=value,key=value; {word!r} is none{nearest(key, known)}")
         kind = key_type(c, key)
         if kind not in (int, float, str, bool) or (kind is bool and value not in ("true", "false")):
-            raise ValueError(f"{key}={value}: expected {describe(kind)}" if kind is bool else f"{key}: cannot be set here, use --config.{key}")
+            raise ValueError(f"{key}={value}: expected {describe(kind)}; lists are set by --config.{key}")
         try:
             parsed = value == "true" if kind is bool else kind(value)
         except ValueError:

@@ -95,8 +95,8 @@ def work(model, settings: Settings, shape: Shape, *, microbatches: int, train: s
       per_document: the loss needs one forward pass however many microbatches there are.
     """
     mesh, c, size = settings.mesh, model.config, model.compute.dtype.itemsize
-    layers = {path: leaf for path, leaf in mesh_lib.paths(model.abstract) if path.startswith("backbone/layers/") and path.endswith("kernel")}
-    weights = sum(math.prod(leaf.shape) for leaf in layers.values())
+    layers = [leaf for path, leaf in mesh_lib.paths(model.abstract) if path.startswith("backbone/layers/") and path.endswith("kernel")]
+    weights = sum(math.prod(leaf.shape) for leaf in layers)
     trained = sum(math.prod(leaf.shape) for _, leaf in mesh_lib.paths(split_params(model.abstract, train)[0])) if train else 0
     tokens, split = shape.rows * shape.time * microbatches, mesh["model"]
     through = train in ("full", "lora")  # gradients go through the layers
@@ -104,7 +104,8 @@ def work(model, settings: Settings, shape: Shape, *, microbatches: int, train: s
     forwards = (2 if train and microbatches > 1 and not per_document else 1) + again
     passes = forwards + (2 if train == "full" else 1 if through else 0)
     scores = 2.0 * tokens * shape.time * c.heads * c.head_dim * c.layers  # one of attention's products, or its share of a backward pass
-    flops = (2.0 * weights * tokens * passes + scores * 2 * (forwards + (2 if through else 0) + (1 if through and not again else 0))) / split
+    attended = forwards + (2 if through else 0) + (1 if through and not again else 0)  # scores are never kept
+    flops = (2.0 * weights * tokens * passes + 2 * scores * attended) / split
     collectives = []
 
     def add(kind, group, count, sent):

@@ -21,7 +21,8 @@ _SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2,
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+               "collective-broadcast")
 # Instructions that move nothing by themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id",
@@ -174,7 +175,8 @@ class _Module:
             for key in ("calls", "to_apply", "called_computations"):
                 if inner := i.called(key):
                     if inner in self.computations:
-                        self._visit(inner, times, fused or key == "to_apply" and i.opcode != "call" or i.opcode in ("fusion", "custom-call"))
+                        inside = i.opcode in ("fusion", "custom-call") or (key == "to_apply" and i.opcode != "call")
+                        self._visit(inner, times, fused or inside)
             for key in ("true_computation", "false_computation"):
                 if inner := i.called(key):
                     self._visit(inner, times / 2, fused)
@@ -378,12 +380,10 @@ def _convolution(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> 
             offset = k * step - pads[at][0]
             if stride % base == 0:  # the inputs that output o meets are offset + o * stride: all or none fall on real elements
                 if offset % base == 0:
-                    low, high = max(0, -(-(-offset) // stride)), min(outputs - 1, (last - offset) // stride)
+                    low, high = max(0, (stride - 1 - offset) // stride), min(outputs - 1, (last - offset) // stride)
                     count += max(0, high - low + 1)
             else:
                 count += sum(0 <= offset + o * stride <= last and (offset + o * stride) % base == 0 for o in range(outputs))
         valid *= count
     features, batch = i.arrays[0].dims[out.index("f")], i.arrays[0].dims[out.index("b")]
-    # The kernel's input features are those of a group already.
-    batch_groups = re.search(r"batch_group_count=(\d+)", i.rest)
-    return 2.0 * valid * features * batch * rhs[right.index("i")] / (1 if not batch_groups else 1)
+    return 2.0 * valid * features * batch * rhs[right.index("i")]  # the kernel's input features are those of one group already

@@ -111,6 +111,8 @@ def _main(argv: list[str]) -> int:
     workdir = _workdir(values["workdir"])
     checks.check(config)
 
+    if config.stage == "plan":  # it computes nothing itself, and must not take the devices of somebody who does
+        os.environ["JAX_PLATFORMS"] = "cpu"
     from w2s_jax import stages
 
     options = {name: True for name in ("rerun", "dry_run") if values[name]} | stages.prepare(config)

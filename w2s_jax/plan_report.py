@@ -21,8 +21,9 @@ def _what(point: dict, config) -> str:
     return f"a step of {config.batch_size} documents, {lengths}, train={point['train']}, {config.optimizer}"
 
 
-def _settings(s: dict) -> str:
-    return f"{s['data']}x{s['fsdp']}x{s['model']}"
+def _settings(s: dict) -> list[str]:
+    """Mesh, policy and microbatch."""
+    return [f"{s['data']}x{s['fsdp']}x{s['model']}", s["remat"], str(s["microbatch_size"] or "whole")]
 
 
 def table(points: list[dict], config) -> str:
@@ -36,12 +37,11 @@ def table(points: list[dict], config) -> str:
         if p["fits"]:
             c = p["compiled"]
             sent = sum(x["bytes"] for x in c["cost"]["collectives"])
-            cells += [_settings(s), s["remat"], str(s["microbatch_size"] or "whole"), f"{c['needed'] / GIB:.1f}", has, f"{sent / GB:.2f}",
-                      f"{p['step_seconds']:.3g}", p["times"]["bound"], f"{p['tokens_per_second']:,.0f}"]
+            cells += [*_settings(s), f"{c['needed'] / GIB:.1f}", has, f"{sent / GB:.2f}", f"{p['step_seconds']:.3g}", p["times"]["bound"],
+                      f"{p['tokens_per_second']:,.0f}"]
         else:
             needs = f"{p['needed'] / GIB:.1f}" if p["needed"] else "more"
-            cells += [_settings(s), s["remat"], str(s["microbatch_size"] or "whole"), needs, has, "", "", "does not fit",
-                      f"take {p['larger']}" if p["larger"] else ""]
+            cells += [*_settings(s), needs, has, "", "", "does not fit", f"take {p['larger']}" if p["larger"] else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -49,15 +49,18 @@ def table(points: list[dict], config) -> str:
 def page(p: dict, config) -> str:
     """One point."""
     kind = "compiled by the TPU's compiler" if p["compiler"] == "TPU" else "an ESTIMATE: partitioned by XLA on a CPU, memory by arithmetic"
-    lines = [f"# {p['model']} on {p['topology']}", "", f"{p['parameters'] / 1e9:.3g}B parameters, {p['chips']} chips, {_what(p, config)}; {kind}", ""]
+    lines = [f"# {p['model']} on {p['topology']}", "",
+             f"{p['parameters'] / 1e9:.3g}B parameters, {p['chips']} chips, {_what(p, config)}; {kind}", ""]
     s = p["settings"]
     flags = " ".join(f"--config.mesh.{axis}={s[axis]}" for axis in ("data", "fsdp", "model")) + f" --config.remat={s['remat']}"
     flags += f" --config.microbatch_size={s['microbatch_size']}" if s["microbatch_size"] else ""
     if not p["fits"]:
         needs = f"{p['needed'] / GIB:.1f} GiB" if p["needed"] else "more than that"
-        lines += [f"**Does not fit**: the smallest setting that was compiled (mesh {_settings(s)}, remat {s['remat']}, microbatch "
-                  f"{s['microbatch_size'] or 'whole'}) needs {needs} a chip of {p['memory_of_chip'] / GIB:.1f}."]
-        lines += [f"By arithmetic it fits {p['larger']}." if p["larger"] else "No slice of these chips was found that it fits.", "", *_tried(p)]
+        mesh, remat, size = _settings(s)
+        lines += [f"**Does not fit**: the smallest setting that was compiled (mesh {mesh}, remat {remat}, microbatch {size}) needs {needs} "
+                  f"a chip of {p['memory_of_chip'] / GIB:.1f}.",
+                  f"By arithmetic it fits {p['larger']}." if p["larger"] else "No slice of these chips was found that it fits."]
+        lines += ["", *_tried(p)]
         return "\n".join(lines) + "\n"
     c = p["compiled"]
     cost, m, times = c["cost"], c["memory"], p["times"]
@@ -89,8 +92,8 @@ def page(p: dict, config) -> str:
 
 
 def _tried(p: dict) -> list[str]:
-    rows = [(_settings(t["settings"]), t["settings"]["remat"], t["settings"]["microbatch_size"] or "whole",
-             f"{t['estimate'] / GIB:.1f}", f"{t['needed'] / GIB:.1f}" if t["needed"] else "more", "yes" if t["fits"] else "no") for t in p["tried"]]
+    rows = [(*_settings(t["settings"]), f"{t['estimate'] / GIB:.1f}", f"{t['needed'] / GIB:.1f}" if t["needed"] else "more",
+             "yes" if t["fits"] else "no") for t in p["tried"]]
     return ["| compiled: mesh | remat | microbatch | GiB by arithmetic | GiB by the compiler | fits |", "|---|---|---|---:|---:|---|",
             *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
 
@@ -109,5 +112,5 @@ def _assumptions(points: list[dict], config) -> str:
         "- a collective rides one axis of the torus in both directions (two links); bytes sent are those of rings",
     ]  # fmt: skip
     if gpu:
-        lines.append("- for GPUs the program is partitioned by XLA's CPU compiler, whose fusions differ, and memory is arithmetic: an estimate")
+        lines.append("- GPUs: the program is partitioned by XLA's CPU compiler, whose fusions differ; memory is arithmetic: an estimate")
     return "\n".join(lines) + "\n"

@@ -61,9 +61,9 @@ def fill(config: ConfigDict) -> ConfigDict:
     """A copy of a stage's config in which what was left to the model is set; the config itself if nothing was, or it names no model.
 
     Left open are: learning_rate unset, remat "auto", revision "", mesh axes 0, and LoRA's settings under train=lora, which are then
-    those of the adapter that it starts from (UserError where that cannot be read), or LORA_ARGS. A plan chooses mesh and remat itself. Of a mesh that is partly set the
+    those of the adapter that it starts from (UserError where that cannot be read), or LORA_ARGS. Of a mesh that is partly set the
     other axes take what is left: `data` all devices (1 where another axis is -1), the others 1. A probe of a run waits
-    for the run's model.
+    for the run's model. A plan chooses mesh and remat itself.
     """
     if config.get("stage") == "probe" and config.get("run"):
         return config

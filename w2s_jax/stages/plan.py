@@ -47,6 +47,8 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
     for topology in topologies:
         ahead.check_installed(topology)
     sources = {name: hub.config_json(name, config.revision or "main") for name in config.models or (config.model,)}
+    points = {(name, str(topology)): _Point(_one(config, name, topology), raw, topology)  # checked before anything is written
+              for name, (raw, _) in sources.items() for topology in topologies}
     ident = identity(config)
     if (done := finished(workdir, config, ident, rerun, summary=lambda results: f"{len(results['points'])} points")) is not None:
         print((epath.Path(workdir) / "plan.md").read_text())
@@ -56,12 +58,11 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
         run_.start({"parents": []})
         folder = epath.Path(run_.path) / "points"
         folder.mkdir(parents=True, exist_ok=True)
-        points = []
-        for name, (raw, source) in sources.items():
-            for topology in topologies:
-                points.append(_kept(folder, config, name, raw, source, topology))
-                write_text(epath.Path(run_.path) / "plan.md", plan_report.text(plain(points), config))
-        results = plain({"points": points, "seconds": time.perf_counter() - start})
+        found = []
+        for (name, _), point in points.items():
+            found.append(_kept(folder, point, sources[name][1]))
+            write_text(epath.Path(run_.path) / "plan.md", plan_report.text(found, config))
+        results = plain({"points": found, "seconds": time.perf_counter() - start})
         text = plan_report.text(results["points"], config)
         write_text(epath.Path(run_.path) / "plan.md", text)
         run_.finish(results)
@@ -69,19 +70,20 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
     return results
 
 
-def _kept(folder, config, name: str, raw: dict, source: str, topology: chips.Topology) -> dict:
-    """The point of a model and a topology, from an earlier attempt where it is there."""
-    keys = [json.loads(config.to_json_best_effort()), name, raw, str(topology)]
-    for key in ("models", "topologies", "model", "topology"):
-        keys[0].pop(key)
-    file = folder / f"{hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]}.json"
-    if file.exists():
-        return read_json(file)
+def _one(config, name: str, topology: chips.Topology):
+    """The config of one point of a table."""
     one = config.copy_and_resolve_references().unlock()
-    one.model, one.topology = name, str(topology)
-    point = plain(_Point(one, raw, topology).plan() | {"source": source})
-    write_json(file, point)
-    return point
+    one.model, one.topology, one.models, one.topologies = name, str(topology), (), ()
+    return one
+
+
+def _kept(folder, point: _Point, source: str) -> dict:
+    """What a point comes to, from an earlier attempt where it is there."""
+    keys = [identity(point.config), point.raw]
+    file = folder / f"{hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    if not file.exists():
+        write_json(file, point.plan() | {"source": source})
+    return read_json(file)
 
 
 class _Point:
@@ -93,6 +95,10 @@ class _Point:
         longest = self.model.config.max_positions
         if config.lengths != "sciq" and int(config.lengths) > longest:
             raise UserError(f"config.lengths: {config.lengths}, but {config.model} has {longest} positions; expected at most that many")
+        self.options = costs.candidates(config, self.model, topology.devices)
+        if not self.options:
+            raise UserError(f"config.mesh: {dict(config.mesh)} is no mesh over the {topology.devices} chips of {topology} for {config.model} "
+                            f"with batch_size={config.batch_size}; data x fsdp is at most the batch, model divides heads and MLP")
         self.texts = ahead.corpus(self.config, self.model)
         self.program = ahead.program(self.config, self.model, None) if config.what == "train" else None
         self.plans: dict = {}
@@ -112,8 +118,8 @@ class _Point:
             else:
                 batch = max(ahead.labelling_batches(self.config, self.model, self.texts, settings, self.platform),
                             key=lambda b: b.arrays["tokens"].size)
-                rows, row = batch.arrays["tokens"].shape[1:]
-                self.plans[key] = {"shape": packing.Shape(rows, row), "slots": batch.arrays["documents"].shape[1], "microbatches": 1, "group": 1}
+                shape, slots = packing.Shape(*batch.arrays["tokens"].shape[1:]), batch.arrays["documents"].shape[1]
+                self.plans[key] = {"shape": shape, "slots": slots, "microbatches": 1, "group": 1}
         return self.plans[key]
 
     def estimate(self, settings: ahead.Settings) -> dict:
@@ -134,11 +140,7 @@ class _Point:
 
     def plan(self) -> dict:
         """The first setting that fits, of those that keep to what is given; else of all."""
-        c, limit = self.config, self.topology.chip.memory
-        options = costs.candidates(c, self.model, self.topology.devices)
-        if not options:
-            raise UserError(f"config.mesh: {dict(c.mesh)} is no mesh over the {self.topology.devices} chips of {self.topology} for "
-                            f"{c.model} with batch_size={c.batch_size}; data x fsdp is at most the batch, model divides heads and MLP")
+        c, limit, options = self.config, self.topology.chip.memory, self.options
         found = self._first(options, limit, c.compiles)
         changed = []
         if found is None and (free := self._open(options)):
@@ -182,8 +184,7 @@ class _Point:
 
     @staticmethod
     def _changes(asked: ahead.Settings, s: ahead.Settings) -> list[str]:
-        names = {"remat": (asked.remat, s.remat), "microbatch_size": (asked.microbatch_size, s.microbatch_size), "mesh": (asked.mesh, s.mesh)}
-        return [name for name, (a, b) in names.items() if a != b]
+        return [name for name in ("remat", "microbatch_size", "mesh") if getattr(asked, name) != getattr(s, name)]
 
     def _distance(self, asked: ahead.Settings, s: ahead.Settings) -> int:
         """How much is changed: a policy or a microbatch is less than a mesh."""
@@ -191,7 +192,8 @@ class _Point:
 
     def _compile(self, settings: ahead.Settings, estimate: dict) -> dict:
         name = f"{shown(self.config.model)} on {self.topology}"
-        say(f"{name}: {settings}, about {memory.show(estimate['needed'])} of {memory.show(self.topology.chip.memory)} a chip; compiling ...")
+        has = memory.show(self.topology.chip.memory)
+        say(f"{name}: {settings}, about {memory.show(estimate['needed'])} of {has} a chip; compiling ...")
         found = ahead.compile_point({"config": plain(self.config), "raw": self.raw, "topology": str(self.topology),
                                      "settings": dataclasses.asdict(settings)})
         if "memory" in found and self.platform == "gpu":  # what XLA's CPU compiler allocates is not what a GPU needs
