@@ -206,9 +206,10 @@ def with_memory(monkeypatch, size: float):
 
 
 def test_where_what_is_asked_for_does_not_fit_the_nearest_that_does_is_found(tmp_path, model, monkeypatch):
-    asked = config(model, topology="h100:2", mesh__data=2, mesh__fsdp=1, mesh__model=1, remat="everything_saveable", lengths="64")
+    asked = config(model, topology="h100:2", mesh__data=2, mesh__fsdp=1, mesh__model=1, remat="everything_saveable", lengths="64",
+                   microbatch_size=16)
     network = plan_lib._Point(asked, json.loads(open(f"{model}/config.json").read()), chips.topology("h100:2"))
-    needs = [network.estimate(ahead.Settings(2, 1, 1, remat, 0))["needed"] for remat in ("everything_saveable", "full")]
+    needs = [network.estimate(ahead.Settings(2, 1, 1, remat, 16))["needed"] for remat in ("everything_saveable", "full")]
     with_memory(monkeypatch, (sum(needs) / 2) / 2**20)
     (found,) = stages.run(asked, tmp_path / "plan")["points"]
     assert [t["fits"] for t in found["tried"]] == [False, True]

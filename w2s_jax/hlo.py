@@ -363,7 +363,7 @@ def _convolution(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> 
     left, right, out = labels[1], labels[2], labels[3]
     window = re.search(r"window=\{([^}]*)\}", i.rest)
     fields = dict(part.split("=") for part in window[1].split()) if window else {}
-    spatial = [c for c in left if c.isdigit()]
+    spatial = sorted(c for c in left if c.isdigit())  # the window names them in this order, the labels in any
 
     def numbers(key, default):
         return [[int(x) for x in part.split("_")] for part in fields[key].split("x")] if key in fields else [default] * len(spatial)

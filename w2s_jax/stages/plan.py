@@ -98,7 +98,7 @@ class _Point:
         self.options = costs.candidates(config, self.model, topology.devices)
         if not self.options:
             raise UserError(f"config.mesh: {dict(config.mesh)} is no mesh over the {topology.devices} chips of {topology} for {config.model} "
-                            f"with batch_size={config.batch_size}; data x fsdp is at most the batch, model divides heads and MLP")
+                            f"and batch_size={config.batch_size}; data x fsdp is at most the batch, model divides heads and MLP")
         self.texts = ahead.corpus(self.config, self.model)
         self.program = ahead.program(self.config, self.model, None) if config.what == "train" else None
         self.plans: dict = {}
@@ -182,9 +182,10 @@ class _Point:
         free.remat, free.microbatch_size = "auto", 0
         return [s for s in costs.candidates(free, self.model, self.topology.devices) if s not in options]
 
-    @staticmethod
-    def _changes(asked: ahead.Settings, s: ahead.Settings) -> list[str]:
-        return [name for name in ("remat", "microbatch_size", "mesh") if getattr(asked, name) != getattr(s, name)]
+    def _changes(self, asked: ahead.Settings, s: ahead.Settings) -> list[str]:
+        different = {"remat": asked.remat != s.remat, "mesh": asked.mesh != s.mesh,
+                     "microbatch_size": (asked.microbatch_size or self.config.batch_size) != (s.microbatch_size or self.config.batch_size)}
+        return [name for name, changed in different.items() if changed]
 
     def _distance(self, asked: ahead.Settings, s: ahead.Settings) -> int:
         """How much is changed: a policy or a microbatch is less than a mesh."""
