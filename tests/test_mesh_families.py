@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.usefixtures("fast_compiles"), pytest.mark.slow]
 no_checkpoints = test_train.no_checkpoints  # a fixture
 
 QWEN = {"model_type": "qwen", "hidden_size": 32, "num_attention_heads": 4, "kv_channels": 8, "intermediate_size": 88,
-        "num_hidden_layers": 3, "seq_length": reference.POSITIONS, "layer_norm_epsilon": 1e-3, "vocab_size": reference.VOCAB, "rotary_emb_base": 700}
+        "num_hidden_layers": 3, "seq_length": reference.POSITIONS, "layer_norm_epsilon": 1e-3, "vocab_size": reference.VOCAB,
+        "rotary_emb_base": 700}
 CASES = ("gpt2 odd", "gpt_neox", "llama", "mistral", "qwen", "qwen2 windows", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "phi3", "bert",
          "roberta", "modernbert")
 SHAPES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
