@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -65,8 +66,12 @@ def make_mesh(shape, devices=None) -> Mesh:
         sizes[free[0]] = max(len(devices) // known, 1)
     if int(np.prod(sizes)) > len(devices) or (free and len(devices) % known):
         raise UserError(f"mesh: {asked} does not fit the {len(devices)} devices here")
-    used = np.asarray(devices[: int(np.prod(sizes))]).reshape(sizes)
-    return Mesh(used, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    used = devices[: int(np.prod(sizes))]
+    if used[0].platform == "tpu" and len(used) > 1:  # neighbours in the torus are neighbours along an axis
+        grid = mesh_utils.create_device_mesh(sizes, used, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(used).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def cells(mesh: Mesh) -> int:
