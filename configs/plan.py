@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
     elif arg == "table":
         c.models = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "Qwen/Qwen1.5-0.5B", "Qwen/Qwen-1_8B", "Qwen/Qwen-7B",
                     "meta-llama/Meta-Llama-3-8B", "Qwen/Qwen-14B", "meta-llama/Meta-Llama-3-70B", "Qwen/Qwen-72B")
-        c.topologies, c.lengths = ("v5e:4x4", "v6e:4x4", "v5p:2x2x4", "v5p:4x4x4"), "512"
+        c.topologies, c.lengths = ("v5e:4x4", "v6e:4x4", "v5p:4x4x4"), "512"
     elif arg:
         from w2s_jax.config import set_words
 
