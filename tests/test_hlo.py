@@ -183,6 +183,13 @@ def test_flops_of_a_convolution(window, lhs, rhs, out):
     assert hlo.cost(module).flops == 2.0 * pairs * lhs[0] * rhs[-2] * rhs[-1]
 
 
+def test_windows_are_listed_by_the_number_of_the_dimension():
+    """A product over heads and features as a TPU has it: the labels name the dimensions in any order."""
+    line = "ROOT %r = f32[8,512,64,1]{0} convolution(%y, %k), window={size=2x1}, dim_labels=1b0f_0io1->1bf0"
+    module = HEAD.format(f"%y = f32[8,512,2,256]{{0}} parameter(1)\n  %k = f32[2,256,64,1]{{0}} parameter(2)\n  {line}")
+    assert hlo.cost(module).flops == 2.0 * 8 * 512 * (2 * 256) * 64
+
+
 def test_attention_kernels_and_vector_memory_of_a_tpu():
     text = """HloModule m
 
@@ -212,14 +219,14 @@ def test_a_text_that_is_no_module_is_refused():
 def step_cost(depth: int, tokens: int) -> hlo.Cost:
     import tiny
 
-    from w2s_jax import ahead, config, train
+    from w2s_jax import ahead, config, costs, train
     from w2s_jax.models import build
     c = config.shipped("plan")
     c.update({"n_train": 16, "batch_size": 16, "epochs": 1, "lengths": str(tokens), "model": "tiny"})
     mesh = mesh_lib.make_mesh({"data": 1, "fsdp": 8, "model": 1}, jax.devices()[:8])
     model = build(tiny.config(n_layer=depth, n_embd=48, n_inner=192), head="classifier", remat="full")
     texts = ahead.corpus(c, model)
-    plan = ahead.training_plan(c, model, texts, ahead.Settings(1, 8, 1, "full", 0), "cpu")
+    plan = ahead.training_plan(c, model, texts, costs.Settings(1, 8, 1, "full", 0), "cpu")
     zeros = np.zeros(1)
     xs = train.stack_inputs(plan, plan.dispatches[0], plan.shapes[0], 1, texts, zeros, zeros)
     program = ahead.program(c, model, mesh)

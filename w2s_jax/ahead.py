@@ -12,7 +12,6 @@ partitions the program over as many fake devices: its arithmetic and collectives
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -24,9 +23,9 @@ import time
 from pathlib import Path
 
 from w2s_jax import chips
+from w2s_jax.costs import Settings
 from w2s_jax.errors import UserError
 
-MISSING = "libtpu, the TPU's compiler, is not installed: pip install 'w2s_jax[plan]'"
 TIMEOUT = 3600  # seconds that a compilation may take
 # What keeps libtpu from asking a metadata server where it runs, from taking the lock of a process that computes, and from logging.
 _ENVIRONMENT = {
@@ -35,30 +34,6 @@ _ENVIRONMENT = {
 }  # fmt: skip
 _FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # machine code that nobody will run
 _SIZE = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a plan chooses: sizes of the mesh's axes, the rematerialisation policy, documents of a microbatch (0 = the whole batch)."""
-
-    data: int
-    fsdp: int
-    model: int
-    remat: str
-    microbatch_size: int
-
-    @property
-    def mesh(self) -> dict[str, int]:
-        return {"data": self.data, "fsdp": self.fsdp, "model": self.model}
-
-    def __str__(self) -> str:
-        return f"mesh {self.data}x{self.fsdp}x{self.model}, remat {self.remat}, microbatch {self.microbatch_size or 'whole'}"
-
-
-def check_installed(topology: chips.Topology) -> None:
-    """UserError where the compiler for a topology is not installed."""
-    if topology.chip.kind == "tpu" and importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"config.topology: {str(topology)!r}: {MISSING}")
 
 
 def compile_point(point: dict) -> dict:
@@ -70,7 +45,7 @@ def compile_point(point: dict) -> dict:
 
     Returns:
       JSON object: `shape`, `cells`, `microbatches`, `group`, `steps`, `useful`, `computed` (the plan), `attention`,
-      `lesser_sharding`, `parts` (bytes a device: parameters, optimizer_state, inputs), `seconds` (lower, compile), and either
+      `lesser_sharding`, `parts` (bytes a device: parameters, optimizer_state), `seconds` (lower, compile, compile_cpu), and either
       `memory` (bytes a device) and `cost` (`hlo.Cost`), or `out_of_memory` (the compiler's sentence) with `needed` (bytes, where it says).
 
     Raises:
@@ -229,9 +204,9 @@ def _compile(point: dict) -> dict:
                               cap=c.attention_cap, time=row)
     out |= {"shape": [rows, row], "cells": settings.data * settings.fsdp, "steps": steps, "parts": parts, "attention": chosen,
             "parameters": sum(math.prod(a.shape) for a in jax.tree.leaves(model.abstract))}
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     out |= _cost(lowered, topology)
-    return out | {"seconds": {"lower": lowering, "compile": time.perf_counter() - start}}
+    return out | {"seconds": {"lower": lowering, "compile": time.perf_counter() - start, "compile_cpu": time.process_time() - worked}}
 
 
 def _share(plan, shape, embed: int) -> float:

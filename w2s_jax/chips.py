@@ -7,6 +7,7 @@ TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. GPUs: NVIDIA's data sheets of 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import re
 
@@ -123,3 +124,10 @@ def topology(text: str, key: str = "topology") -> Topology:
         what = f"{chip.axes} axes of its torus" if chip.axes else "a number of GPUs"
         raise UserError(f"config.{key}: {text!r}, expected {what} behind the colon, as in {name}:{_EXAMPLES[chip.axes]}")
     return Topology(chip, tuple(int(n) for n in size.split("x")))
+
+
+def check_compiler(topology: Topology) -> None:
+    """UserError where the compiler for a topology is not installed."""
+    if topology.chip.kind == "tpu" and importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"config.topology: {str(topology)!r} needs libtpu, the TPU's compiler, which is not installed: "
+                        "pip install 'w2s_jax[plan]'")

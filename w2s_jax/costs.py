@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from w2s_jax import chips, memory
+from w2s_jax import chips
 from w2s_jax import mesh as mesh_lib
-from w2s_jax.ahead import Settings
 from w2s_jax.data.packing import Shape
 from w2s_jax.hlo import Collective
 from w2s_jax.trainable import split_params
@@ -20,6 +19,24 @@ BANDWIDTH = 0.8  # share of the published bandwidths, of memory and links, that 
 HOP = 1e-6  # seconds from a chip to the next one, which no collective is faster than
 ROOM = 0.92  # share of a chip's memory that the arithmetic may fill before a compilation is spent on it
 LADDER = ("none", "full")  # policies that are tried, from the fastest to the smallest
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a plan chooses: sizes of the mesh's axes, the rematerialisation policy, documents of a microbatch (0 = the whole batch)."""
+
+    data: int
+    fsdp: int
+    model: int
+    remat: str
+    microbatch_size: int
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        return {"data": self.data, "fsdp": self.fsdp, "model": self.model}
+
+    def __str__(self) -> str:
+        return f"mesh {self.data}x{self.fsdp}x{self.model}, remat {self.remat}, microbatch {self.microbatch_size or 'whole'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +174,3 @@ def candidates(config, model, devices: int) -> list[Settings]:
             sizes += [batch // n for n in (2, 4, 8, 16, 32) if batch % n == 0 and batch // n >= mesh["data"] * mesh["fsdp"]]
         out += [Settings(**mesh, remat=remat, microbatch_size=size) for remat in policies for size in sizes]
     return out
-
-
-def needed(config, model, program, settings: Settings, shape: Shape, slots: int, microbatches: int, group: int, platform: str) -> int:
-    """Bytes on a device by `memory.estimate`; `program`: the run's, or None for labelling."""
-    found = memory.estimate(model, settings.mesh, shape, slots=slots, optimizer=program.optimizer if program else None, train=config.train,
-                            microbatches=microbatches, group=group, remat=settings.remat, platform=platform)
-    return found.peak

@@ -77,6 +77,11 @@ def config_json(model: str, revision: str = "main") -> tuple[dict, str]:
         return read_json(file), "configs/shapes"
 
 
+def config_jsons(config) -> dict[str, tuple[dict, str]]:
+    """`config_json` of every model that a plan's config names, by name."""
+    return {name: config_json(name, config.revision or "main") for name in config.models or (config.model,)}
+
+
 def shapes() -> Path:
     """The folder of published config.json fields."""
     return configs.folder() / "shapes"

@@ -37,16 +37,19 @@ def identity(config, planned: dict | None = None) -> dict:
     return config_lib.plain_identity(json.loads(config.to_json_best_effort()))
 
 
-def run(config, workdir, *, rerun: bool = False, **_) -> dict:
+def run(config, workdir, *, rerun: bool = False, sources: dict | None = None, **_) -> dict:
     """Plan every point, write results.json and plan.md, print the latter.
+
+    Args:
+      sources: of the models, where `stages.prepare` has read them already (`hub.config_jsons`).
 
     Raises:
       UserError: a model without a config.json, documents longer than it takes, a topology that no compiler knows, no libtpu.
     """
     topologies = [chips.topology(name) for name in config.topologies or (config.topology,)]
     for topology in topologies:
-        ahead.check_installed(topology)
-    sources = {name: hub.config_json(name, config.revision or "main") for name in config.models or (config.model,)}
+        chips.check_compiler(topology)
+    sources = sources or hub.config_jsons(config)
     points = {(name, str(topology)): _Point(_one(config, name, topology), raw, topology)  # checked before anything is written
               for name, (raw, _) in sources.items() for topology in topologies}
     ident = identity(config)
@@ -97,8 +100,8 @@ class _Point:
             raise UserError(f"config.lengths: {config.lengths}, but {config.model} has {longest} positions; expected at most that many")
         self.options = costs.candidates(config, self.model, topology.devices)
         if not self.options:
-            raise UserError(f"config.mesh: {dict(config.mesh)} is no mesh over the {topology.devices} chips of {topology} for {config.model} "
-                            f"and batch_size={config.batch_size}; data x fsdp is at most the batch, model divides heads and MLP")
+            raise UserError(f"config.mesh: {dict(config.mesh)} is no mesh over the {topology.devices} chips of {topology} for batches of "
+                            f"{config.batch_size} and {config.model}; data x fsdp is at most the batch, model divides heads and MLP")
         self.texts = ahead.corpus(self.config, self.model)
         self.program = ahead.program(self.config, self.model, None) if config.what == "train" else None
         self.plans: dict = {}
@@ -106,7 +109,7 @@ class _Point:
 
     # ------------------------------------------------------------------ arithmetic
 
-    def _layout(self, settings: ahead.Settings) -> dict:
+    def _layout(self, settings: costs.Settings) -> dict:
         """`shape`, `slots`, `microbatches`, `group` of the largest cell."""
         key = (settings.data * settings.fsdp, settings.microbatch_size)
         if key not in self.plans:
@@ -122,7 +125,7 @@ class _Point:
                 self.plans[key] = {"shape": shape, "slots": slots, "microbatches": 1, "group": 1}
         return self.plans[key]
 
-    def estimate(self, settings: ahead.Settings) -> dict:
+    def estimate(self, settings: costs.Settings) -> dict:
         """By arithmetic: `needed` bytes, and the `times` of a step."""
         at, train = self._layout(settings), self.config.train if self.program else None
         found = memory.estimate(self.model, settings.mesh, at["shape"], slots=at["slots"], train=self.config.train, group=at["group"],
@@ -132,7 +135,7 @@ class _Point:
                           per_document=self.program.loss.per_document if self.program else True)
         return {"needed": found.peak, "parts": found.parts(), "times": self._times(work, settings), "work": work}
 
-    def _times(self, work: costs.Work, settings: ahead.Settings) -> costs.Times:
+    def _times(self, work: costs.Work, settings: costs.Settings) -> costs.Times:
         c = self.config
         return costs.times(work, self.topology, settings.mesh, c.utilisation, c.dtype, c.matmul_precision)
 
@@ -153,7 +156,7 @@ class _Point:
         settings, compiled = found
         return self._result(settings, compiled, changed)
 
-    def _first(self, options, limit: int, compiles: int, nearest: ahead.Settings | None = None):
+    def _first(self, options, limit: int, compiles: int, nearest: costs.Settings | None = None):
         """`(settings, compiled)` of the first that the compiler says fits, or None. The fastest are tried first (`nearest`: the
         nearest), as far as the arithmetic, corrected by what compilations needed, lets them fit."""
         estimates = {s: self.estimate(s) for s in options}
@@ -175,23 +178,23 @@ class _Point:
                 return None
         return None
 
-    def _open(self, options) -> list[ahead.Settings]:
+    def _open(self, options) -> list[costs.Settings]:
         """The settings there are if what was given is given up."""
         free = self.config.copy_and_resolve_references().unlock()
         free.mesh.update(dict.fromkeys(mesh_lib.AXES, 0))
         free.remat, free.microbatch_size = "auto", 0
         return [s for s in costs.candidates(free, self.model, self.topology.devices) if s not in options]
 
-    def _changes(self, asked: ahead.Settings, s: ahead.Settings) -> list[str]:
+    def _changes(self, asked: costs.Settings, s: costs.Settings) -> list[str]:
         different = {"remat": asked.remat != s.remat, "mesh": asked.mesh != s.mesh,
                      "microbatch_size": (asked.microbatch_size or self.config.batch_size) != (s.microbatch_size or self.config.batch_size)}
         return [name for name, changed in different.items() if changed]
 
-    def _distance(self, asked: ahead.Settings, s: ahead.Settings) -> int:
+    def _distance(self, asked: costs.Settings, s: costs.Settings) -> int:
         """How much is changed: a policy or a microbatch is less than a mesh."""
         return sum({"remat": 2, "microbatch_size": 3, "mesh": 4}[name] for name in self._changes(asked, s))
 
-    def _compile(self, settings: ahead.Settings, estimate: dict) -> dict:
+    def _compile(self, settings: costs.Settings, estimate: dict) -> dict:
         name = f"{shown(self.config.model)} on {self.topology}"
         has = memory.show(self.topology.chip.memory)
         say(f"{name}: {settings}, about {memory.show(estimate['needed'])} of {has} a chip; compiling ...")
@@ -216,7 +219,7 @@ class _Point:
                 "compiler": "TPU" if self.platform == "tpu" else "estimate", "memory_of_chip": self.topology.chip.memory,
                 "parameters": sum(leaf.size for _, leaf in mesh_lib.paths(self.model.abstract)), "tried": self.tried}
 
-    def _result(self, settings: ahead.Settings, compiled: dict, changed: list[str]) -> dict:
+    def _result(self, settings: costs.Settings, compiled: dict, changed: list[str]) -> dict:
         cost = compiled["cost"]
         work = costs.Work(cost["flops"] + cost["attention_flops"], cost["bytes"], tuple(Collective(**x) for x in cost["collectives"]))
         times = self._times(work, settings)
