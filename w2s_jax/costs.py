@@ -18,6 +18,7 @@ from w2s_jax.trainable import split_params
 BANDWIDTH = 0.8  # share of the published bandwidths, of memory and links, that is reached
 HOP = 1e-6  # seconds from a chip to the next one, which no collective is faster than
 ROOM = 0.92  # share of a chip's memory that the arithmetic may fill before a compilation is spent on it
+NARROW = 1.1  # splitting tensors must save this factor: narrower products reach less of the peak, and programs take longer to compile
 LADDER = ("none", "full")  # policies that are tried, from the fastest to the smallest
 
 

@@ -161,7 +161,7 @@ class _Point:
         nearest), as far as the arithmetic, corrected by what compilations needed, lets them fit."""
         estimates = {s: self.estimate(s) for s in options}
         rank = (lambda s: (self._distance(nearest, s), estimates[s]["times"].step)) if nearest else (
-            lambda s: (estimates[s]["times"].serial * (1 + 0.02 * (s.microbatch_size > 0)), s.model, -s.data))
+            lambda s: (estimates[s]["times"].serial * (costs.NARROW if s.model > 1 else 1), s.microbatch_size > 0, s.model, -s.data))
         left, factor = sorted(options, key=rank), 1.0
         for number in range(compiles):
             fitting = [s for s in left if estimates[s]["needed"] * factor <= costs.ROOM * limit]
