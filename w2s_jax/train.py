@@ -125,7 +125,8 @@ def _dispatch(program: Program, trainable, opt_state, loss_state, frozen, key, n
     return jax.lax.fori_loop(0, n, body, (trainable, opt_state, loss_state, jnp.zeros((group, 2), jnp.float32)))
 
 
-def _run_dispatch(program: Program, stats: dict, *args):
+def _compile(program: Program, stats: dict, *args):
+    """The program for arguments of these shapes, which may be abstract."""
     signature = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(args[-1]))
 
     def make():
@@ -134,7 +135,26 @@ def _run_dispatch(program: Program, stats: dict, *args):
         call = jax.jit(functools.partial(_dispatch, program), donate_argnums=(0, 1, 2),
                        out_shardings=(s["trainable"], s["opt_state"], none, none))
         return call.lower(*args).compile()
-    return compiled((program, signature), make, stats)(*args)
+    return compiled((program, signature), make, stats)
+
+
+def _run_dispatch(program: Program, stats: dict, *args):
+    return _compile(program, stats, *args)(*args)
+
+
+def compile_ahead(program: Program, corpus: Corpus, plan: packing.Plan, which: int, stats: dict):
+    """The compiled program of the dispatches of shape `which`, from shapes alone: no parameter need be read yet. The run finds it made."""
+    places, none = program.shardings(), mesh_lib.replicated(program.mesh)
+    trainable, frozen = split_params(program.model.abstract, program.train)
+    whole = functools.partial(jax.tree.map, lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=none))
+    dispatch = next(d for d, shape in zip(plan.dispatches, plan.shape_of) if shape == which)
+    no_rates = np.zeros(len(plan.batches))
+    xs = _inputs(plan, dispatch, plan.shapes[which], max(map(len, plan.dispatches)), corpus, no_rates, no_rates, program.mesh)
+    return _compile(
+        program, stats, ckpt.abstract(trainable, places["trainable"]),
+        ckpt.abstract(jax.eval_shape(program.optimizer.init, trainable), places["opt_state"]),
+        whole(jax.eval_shape(program.loss.init_state)), ckpt.abstract(frozen, places["frozen"]),
+        whole(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))), whole(jax.ShapeDtypeStruct((), np.int32)), xs)
 
 
 # --------------------------------------------------------------------------- the run
