@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from w2s_jax.progress import say
 VARIABLE = "W2S_DEVICE_MEMORY"
 ROOM = 0.9  # share of a device that an estimate may fill: the rest is for its error, fragmentation and other programs
 SURE = 0.5  # share up to which an estimate is believed without asking the compiler: it was never twice as wrong
+FAR_OFF = 1.5  # what an estimate must be of a device for the smallest setting to be refused without asking the compiler
 COMPILED_ROOM = 0.97  # share that a compiled step may fill
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -182,16 +184,27 @@ class _Ladder:
         longest = int(np.argmax([int(corpus.sizes[b].max()) for b in batches]))
         self.heaviest = [batches[i] for i in dict.fromkeys([*np.argsort(-sizes, kind="stable")[:4].tolist(), longest])]
         self.limit, self.devices = device_memory(), len(jax.devices())
+        self.choices = rungs(config, self.devices, self.batch_size, loss.per_document)
+        self.model = self.variant(config)
+        self.rough_plan = functools.cache(self._rough_plan)
+        self.estimate = functools.cache(lambda rung: self.judge(rung, self.rough_plan(rung.microbatches, rung.cells)))
 
-    def model(self, rung: Rung, config=None):
-        return self.build(applied(self.config if config is None else config, rung, self.batch_size))
+    def variant(self, config):
+        """The model of a config whose remat may be open; estimates are told of it."""
+        return self.build(applied(config, self.choices[0], self.batch_size))
 
-    def estimate(self, rung: Rung, plan: packing.Plan | None = None, model=None, optimizer=None, kind: str | None = None) -> Memory:
-        """By the plan of the run, or by that of its heaviest batches alone."""
-        model = self.model(rung) if model is None else model
-        if plan is None:
-            plan = self.corpus.plan(self.heaviest, [range(i, i + 1) for i in range(len(self.heaviest))], microbatches=rung.microbatches,
-                                    cells=rung.cells, embed=model.config.embed)
+    @functools.cached_property
+    def smallest(self) -> Rung:
+        return min(self.choices, key=lambda rung: self.estimate(rung).peak)
+
+    def _rough_plan(self, microbatches: int, cells: int) -> packing.Plan:
+        """The plan of the run's heaviest batches alone."""
+        return self.corpus.plan(self.heaviest, [range(i, i + 1) for i in range(len(self.heaviest))], microbatches=microbatches, cells=cells,
+                                embed=self.model.config.embed)
+
+    def judge(self, rung: Rung, plan: packing.Plan, model=None, optimizer=None, kind: str | None = None) -> Memory:
+        """The estimate of the plan's fullest shape."""
+        model = model or self.model
         found = [memory.estimate(model, rung.sizes, shape, slots=plan.slots, optimizer=optimizer or self.optimizer, train=kind or self.kind,
                                  microbatches=rung.microbatches, group=max(map(len, plan.dispatches)), remat=rung.remat,
                                  platform=jax.default_backend()) for shape in plan.shapes]
@@ -218,8 +231,8 @@ class _Ladder:
                 if "optimizer" in keys:
                     config.optimizer_args.update(dict.fromkeys(config.optimizer_args))
             with contextlib.suppress(UserError):
-                needs = self.estimate(rung, model=self.model(rung, config), optimizer=self.make_optimizer(config),
-                                      kind=keys.get("train")).peak
+                plan = self.rough_plan(rung.microbatches, rung.cells)
+                needs = self.judge(rung, plan, self.variant(config), self.make_optimizer(config), keys.get("train")).peak
                 if needs <= ROOM * self.limit:
                     found.append(f"{' '.join(f'{key}={value}' for key, value in keys.items())} ({show(needs)})")
         for factor in (2, 4, 8, 16, 32, 64):
@@ -259,37 +272,38 @@ def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarra
       UserError: nothing fits; says what would.
     """
     ladder = _Ladder(config, build, corpus, batches, loss, make_optimizer, kind)
-    choices = rungs(config, ladder.devices, ladder.batch_size, loss.per_document)
     open_keys = [key for key, open_ in (("mesh", is_open(config.mesh)), ("microbatch_size", config.microbatch_size == "auto"),
                                         ("remat", config.remat == "auto")) if open_]
-    smallest = min(choices, key=lambda rung: ladder.estimate(rung).peak) if len(choices) > 1 else choices[0]
-    needs = 0
-    for rung in choices:
-        last = rung == smallest  # an estimate may be too high: the last one is refused by the compiler alone, or where it is far off
-        room = ladder.limit * (1.5 if last else ROOM)
-        if open_keys and ladder.estimate(rung).peak > room:
-            needs = ladder.estimate(rung).peak
+    compiled_sizes: dict[Rung, int] = {}
+
+    def too_much(rung: Rung, size: int) -> bool:
+        """By an estimate, which may be too high: of the smallest rung only the compiler is believed, unless it is far off."""
+        return bool(open_keys) and size > ROOM * ladder.limit and (rung != ladder.smallest or size > FAR_OFF * ladder.limit)
+
+    for rung in ladder.choices:
+        if too_much(rung, ladder.estimate(rung).peak):
             continue
         resolved = applied(config, rung, ladder.batch_size)
         model, mesh = build(resolved), mesh_lib.make_mesh(resolved.mesh)
         plan = feeding.make_plan(resolved, model, corpus, batches, mesh)
         program = train.Program(model, loss, ladder.optimizer, mesh, kind)
-        estimate = ladder.estimate(rung, plan)
-        if open_keys and estimate.peak > room:
-            needs = estimate.peak
+        estimate = ladder.judge(rung, plan)
+        if too_much(rung, estimate.peak):
             continue
         figure = f"{show(estimate.peak)} of {show(ladder.limit)} a device"
         if open_keys and estimate.peak > SURE * ladder.limit:
-            needs = _compiled_size(program, corpus, plan, ladder, rung, {} if stats is None else stats)
+            needs = compiled_sizes[rung] = _compiled_size(program, corpus, plan, ladder, rung, {} if stats is None else stats)
             figure = f"{show(needs)} of {show(ladder.limit)} a device, as compiled"
             if needs > COMPILED_ROOM * ladder.limit:
                 say(f"auto: {ladder.describe(rung)} needs {figure}: too much, next")
                 continue
         line = f"auto: {ladder.describe(rung)}: {figure}" if open_keys else ""
         return Fitted(resolved, model, mesh, plan, program, rung, estimate, ladder.limit, line, ladder)
-    given = "" if len(open_keys) == 3 else f" with {', '.join(k for k in ('mesh', 'microbatch_size', 'remat') if k not in open_keys)} as given"
-    raise UserError(f"memory: nothing fits the {show(ladder.limit)} of a device{given}: {ladder.describe(smallest)} needs about {show(needs)}"
-                    f"{ladder.alternatives(smallest)}")
+    least = ladder.smallest
+    needs = compiled_sizes.get(least) or ladder.estimate(least).peak
+    fixed = [key for key in ("mesh", "microbatch_size", "remat") if key not in open_keys]
+    raise UserError(f"memory: nothing fits the {show(ladder.limit)} of a device{f' with {chr(44).join(fixed)} as given' if fixed else ''}: "
+                    f"{ladder.describe(least)} needs {show(needs)}{ladder.alternatives(least)}")
 
 
 def _compiled_size(program: train.Program, corpus, plan: packing.Plan, ladder: _Ladder, rung: Rung, stats: dict) -> int:
@@ -301,7 +315,7 @@ def _compiled_size(program: train.Program, corpus, plan: packing.Plan, ladder: _
         if not is_exhausted(error):
             raise
         return max(asked(error) or 0, int(ladder.limit * 1.01))
-    return found or ladder.estimate(rung, plan).peak
+    return found or ladder.judge(rung, plan).peak
 
 
 # --------------------------------------------------------------------------- forward passes
@@ -348,7 +362,8 @@ def is_exhausted(error: BaseException) -> bool:
 def asked(error: BaseException) -> int | None:
     """How many bytes XLA says that it asked for, or that the program uses."""
     text = str(error)
-    for pattern in (r"allocat\w*\s+(?:of\s+)?([\d.]+)\s*([KMGT]?)i?B?(?:ytes|\b)", r"Used ([\d.]+)([KMGT]?) of", r"size ([\d.]+)([KMGT]?)B"):
+    for pattern in (r"allocat\w*\s+(?:of\s+)?([\d.]+)\s*([KMGT]?)i?B", r"allocat\w*\s+(?:of\s+)?(\d+)()\s*bytes",
+                    r"Used ([\d.]+)([KMGT]?) of"):
         if match := re.search(pattern, text, re.IGNORECASE):
             return int(float(match[1]) * _UNITS[match[2].lower()])
     return None
