@@ -227,10 +227,9 @@ def step_cost(depth: int, tokens: int) -> hlo.Cost:
     model = build(tiny.config(n_layer=depth, n_embd=48, n_inner=192), head="classifier", remat="full")
     texts = ahead.corpus(c, model)
     plan = ahead.training_plan(c, model, texts, costs.Settings(1, 8, 1, "full", 0), "cpu")
-    zeros = np.zeros(1)
-    xs = train.stack_inputs(plan, plan.dispatches[0], plan.shapes[0], 1, texts, zeros, zeros)
     program = ahead.program(c, model, mesh)
-    return hlo.cost(train.lower(program, *train.abstract_arguments(program, xs)).compile().as_text(), 8)
+    arguments = train.abstract_arguments(program, train.dispatch_inputs(texts, plan, 0))
+    return hlo.cost(train.lower(program, *arguments).compile().as_text(), 8)
 
 
 def test_a_steps_flops_are_linear_in_depth_and_tokens(fast_compiles):

@@ -58,7 +58,7 @@ class Documents(store.Source):
     def orders(self) -> list[np.ndarray]:
         tokens, mesh = self.examples.tokens, self.loaded.mesh
         self.batches = packing.forward_batches(tokens, cells=mesh_lib.cells(mesh), embed=self.width,
-                                               tokens_per_batch=workload.forward_tokens(self.config, tokens, mesh))
+                                               tokens_per_batch=workload.forward_tokens(self.config, tokens, mesh, self.loaded.model))
         return [batch.documents[batch.documents >= 0] for batch in self.batches]
 
     def outputs(self, layers, start, stats, progress):

@@ -180,4 +180,14 @@ def _head(model, grid, shape: Shape, size: int, backward: bool) -> int:
         return states
     cells, rows = grid.shape["data"] * grid.shape["fsdp"], shape.rows
     at_once = max((r for r in range(1, rows + 1) if rows % r == 0 and cells * r * shape.time * c.vocab <= LOGITS_AT_ONCE), default=1)
-    return states + at_once * shape.time * c.vocab * _FLOAT * copies + c.vocab * c.embed * size * (copies - 1)
+    table = c.vocab * c.embed * size if grid.size > 1 or size < model.param_dtype.itemsize else 0
+    return states + 2 * at_once * shape.time * c.vocab * _FLOAT + table * (copies - 1)
+
+
+def of_program(compiled) -> int | None:
+    """Bytes that a compiled program holds on a device at once, by the compiler's account; None where the backend gives none."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    return (found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+            + found.generated_code_size_in_bytes)

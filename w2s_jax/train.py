@@ -139,21 +139,36 @@ def abstract_arguments(program: Program, xs: dict) -> tuple:
 
     `xs`: the arrays of a dispatch, as `stack_inputs` gives them.
     """
-    def shapes(tree, shardings):
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
-
-    s, none = program.shardings(), mesh_lib.replicated(program.mesh)
-    everywhere = lambda tree: shapes(tree, jax.tree.map(lambda _: none, tree))  # noqa: E731
+    places, none = program.shardings(), mesh_lib.replicated(program.mesh)
+    everywhere = lambda tree: ckpt.abstract(tree, jax.tree.map(lambda _: none, tree))  # noqa: E731
     trainable, frozen = split_params(program.model.abstract, program.train)
-    state = jax.eval_shape(program.optimizer.init, trainable)
-    return (shapes(trainable, s["trainable"]), shapes(state, s["opt_state"]), everywhere(jax.eval_shape(program.loss.init_state)),
-            shapes(frozen, s["frozen"]), everywhere(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))),
-            everywhere(jax.ShapeDtypeStruct((), jnp.int32)), shapes(xs, _input_shardings(xs, program.mesh)))
+    return (ckpt.abstract(trainable, places["trainable"]),
+            ckpt.abstract(jax.eval_shape(program.optimizer.init, trainable), places["opt_state"]),
+            everywhere(jax.eval_shape(program.loss.init_state)), ckpt.abstract(frozen, places["frozen"]),
+            everywhere(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))),
+            everywhere(jax.ShapeDtypeStruct((), np.int32)), ckpt.abstract(xs, _input_shardings(xs, program.mesh)))
+
+
+def _compile(program: Program, stats: dict, *args):
+    """The program for arguments of these shapes, which may be abstract."""
+    signature = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(args[-1]))
+    return compiled((program, signature), lambda: lower(program, *args).compile(), stats)
 
 
 def _run_dispatch(program: Program, stats: dict, *args):
-    signature = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(args[-1]))
-    return compiled((program, signature), lambda: lower(program, *args).compile(), stats)(*args)
+    return _compile(program, stats, *args)(*args)
+
+
+def compile_ahead(program: Program, corpus: Corpus, plan: packing.Plan, which: int, stats: dict):
+    """The compiled program of the dispatches of shape `which`, from shapes alone: no parameter need be read yet. The run finds it made."""
+    return _compile(program, stats, *abstract_arguments(program, dispatch_inputs(corpus, plan, which)))
+
+
+def dispatch_inputs(corpus: Corpus, plan: packing.Plan, which: int) -> dict:
+    """The arrays of the first dispatch of shape `which`, with rates of 0."""
+    dispatch = next(d for d, shape in zip(plan.dispatches, plan.shape_of) if shape == which)
+    zeros = np.zeros(len(plan.batches))
+    return stack_inputs(plan, dispatch, plan.shapes[which], max(map(len, plan.dispatches)), corpus, zeros, zeros)
 
 
 # --------------------------------------------------------------------------- the run

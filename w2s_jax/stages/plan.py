@@ -119,7 +119,7 @@ class _Point:
                 group = max(map(len, plan.dispatches))
                 self.plans[key] = {"shape": shape, "slots": plan.slots, "microbatches": plan.microbatches, "group": group}
             else:
-                batch = max(ahead.labelling_batches(self.config, self.model, self.texts, settings, self.platform),
+                batch = max(ahead.labelling_batches(self.config, self.model, self.texts, settings, self.topology.chip),
                             key=lambda b: b.arrays["tokens"].size)
                 shape, slots = packing.Shape(*batch.arrays["tokens"].shape[1:]), batch.arrays["documents"].shape[1]
                 self.plans[key] = {"shape": shape, "slots": slots, "microbatches": 1, "group": 1}
