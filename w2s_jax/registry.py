@@ -67,7 +67,7 @@ def fill(config: ConfigDict) -> ConfigDict:
     by_memory = config.get("stage") in BY_MEMORY
     if config.get("remat") == "auto" and not by_memory:
         changes["remat"] = "none"
-    if 0 in mesh.values() and not (by_memory and not any(mesh.values())):
+    if 0 in mesh.values() and not (by_memory and not any(mesh.values())) and config.get("stage") != "plan":  # which chooses each axis
         rest = {"data": 1 if -1 in mesh.values() else -1, "fsdp": 1, "model": 1}
         changes["mesh"] = {axis: size or rest[axis] for axis, size in mesh.items()}
     if config.get("train") == "lora" and None in config.lora.values():
