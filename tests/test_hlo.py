@@ -207,6 +207,18 @@ ENTRY %main (q: bf16[2,4,128,64]) -> bf16[2,4,128,64] {
     assert found.bytes == 4 * 2 * 4 * 128 * 64 * 2  # q and the result, twice; what lies in the vector memory moves nothing
 
 
+@pytest.mark.parametrize("line, expected", [
+    ("%s = ((f32[64,32]{1,0:T(8,128)}), f32[8,32]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:8], [0:32]}\n"
+     "  ROOT %r = f32[8,32]{1,0:T(8,128)S(1)} slice-done(%s)", SIZE / 8),  # a part, fetched
+    ("%s = (f32[64,32]{1,0:T(8,128)S(1)}, f32[64,32]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)\n"
+     "  ROOT %r = f32[64,32]{1,0:T(8,128)S(1)} copy-done(%s)", SIZE),
+    ("ROOT %r = f32[64,32]{1,0:T(8,128)} negate(%x)", 2 * SIZE),
+    ("ROOT %r = f32[64,32]{1,0:T(8,128)} all-to-all(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}", 2 * SIZE),
+])
+def test_memory_traffic_of_a_tpus_instructions(line, expected):
+    assert hlo.cost(HEAD.format(line), 8).bytes == expected
+
+
 def test_a_text_that_is_no_module_is_refused():
     with pytest.raises(ValueError, match="no HLO module"):
         hlo.cost("hello")

@@ -175,7 +175,7 @@ class _Module:
             for key in ("calls", "to_apply", "called_computations"):
                 if inner := i.called(key):
                     if inner in self.computations:
-                        inside = i.opcode in ("fusion", "custom-call") or (key == "to_apply" and i.opcode != "call")
+                        inside = i.opcode in ("fusion", "custom-call", "async-start") or (key == "to_apply" and i.opcode != "call")
                         self._visit(inner, times, fused or inside)
             for key in ("true_computation", "false_computation"):
                 if inner := i.called(key):
@@ -235,7 +235,9 @@ class _Module:
                 for place, operand in enumerate(user.operands):
                     if operand != at:
                         continue
-                    if user.opcode in _SLICES and place == 0:
+                    if user.opcode in COLLECTIVES or "AsyncCollective" in user.rest:
+                        pass  # counted as what they are
+                    elif user.opcode in _SLICES and place == 0:
                         total += sum(a.bytes for a in user.arrays)
                     elif user.opcode == "dynamic-update-slice" and place == 0:
                         pass  # written in place
@@ -264,6 +266,8 @@ class _Module:
         for part, array in zip(parts, i.arrays):
             while part.opcode in _ALIASES and part.operands and part.operands[0] in body:
                 part = body[part.operands[0]]
+            if part.opcode == "parameter" or part.opcode in COLLECTIVES or "AsyncCollective" in part.rest:
+                continue  # passed on as it is; counted as a collective
             if part.opcode == "dynamic-update-slice" and array.main:
                 total += sum(a.bytes for a in body[part.operands[1]].arrays)
             elif array.main:
@@ -275,9 +279,15 @@ class _Module:
         if i.opcode in _FREE or re.search(r'custom_call_target="(AllocateBuffer|ConcatBitcast|Sharding|AsyncCollective\w+)"', i.rest):
             return 0.0
         inside = self.computations[name]
-        if i.opcode in ("copy-start", "slice-start", "async-start") or i.opcode.removesuffix("-start") in COLLECTIVES:
-            read = sum(inside[o].bytes for o in i.operands if o in inside)
-            return read + (max((a.bytes for a in i.arrays if a.main), default=0.0) if not i.opcode.startswith("slice") else 0.0)
+        if i.opcode.removesuffix("-start") in COLLECTIVES:  # counted where the parts of one are known to be one
+            return 0.0
+        if i.opcode in ("copy-start", "slice-start", "async-start"):  # a tuple of what is read, of the result and of a flag
+            taken = [a for o in i.operands if o in inside for a in inside[o].arrays]
+            given = [a for a in i.arrays if a.dims]
+            for a in taken:
+                if a in given:
+                    given.remove(a)
+            return sum(a.bytes * (any(x.main for x in taken) + a.main) for a in given)
         total = self._writes(name, i)
         for place, operand in enumerate(i.operands):
             source = inside.get(operand)
@@ -296,8 +306,8 @@ class _Module:
 
     # ------------------------------------------------------------------ collectives
 
-    def _collective(self, name: str, i: Instruction) -> tuple[str, int, float] | None:
-        """Kind, devices in a group, bytes that a device sends; None where it is none."""
+    def _collective(self, name: str, i: Instruction) -> tuple[str, int, float, float] | None:
+        """Kind, devices in a group, bytes that a device sends, bytes to and from its memory; None where it is none."""
         kind = i.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             return None
@@ -312,7 +322,8 @@ class _Module:
             kind = "reduce-scatter"
         sent = {"all-gather": given * share, "reduce-scatter": taken * share, "all-reduce": 2 * taken * share,
                 "collective-permute": taken, "collective-broadcast": taken}.get(kind, taken * share)
-        return (kind, n, sent) if n > 1 else None
+        moved = i.bytes + (0 if i.opcode.endswith("-start") else sum(inside[o].bytes for o in i.operands if o in inside))
+        return (kind, n, sent, moved) if n > 1 else None
 
     def _group(self, i: Instruction) -> int:
         if i.opcode.startswith("collective-permute"):
@@ -331,7 +342,7 @@ class _Module:
 
     def cost(self) -> Cost:
         flops = attention = moved = once = 0.0
-        found: dict[tuple, tuple[float, float]] = {}
+        found: dict[tuple, tuple[float, float, float]] = {}
         for name, inside in self.computations.items():
             times = self.times.get(name, 0.0)
             if not times:
@@ -343,13 +354,14 @@ class _Module:
                 if name not in self.fused:
                     moved += times * self._bytes(name, i)
                 if collective := self._collective(name, i):
-                    kind, group, sent = collective
+                    kind, group, sent, touched = collective
                     channel = re.search(r"channel_id=(\d+)", i.rest)
                     # The parts of one asynchronous collective (start, each step, done) carry one channel.
                     key = (kind, group, channel[1] if channel else (name, i.name))
-                    found[key] = max(found.get(key, (0.0, 0.0)), (times, sent))
+                    found[key] = max(found.get(key, (0.0, 0.0, 0.0)), (times, sent, touched))
         sums: dict[tuple[str, int], list[float]] = {}
-        for (kind, group, _), (times, sent) in found.items():
+        for (kind, group, _), (times, sent, touched) in found.items():
+            moved += times * touched
             total = sums.setdefault((kind, group), [0, 0.0])
             total[0] += times
             total[1] += times * sent
