@@ -1,5 +1,6 @@
 """Real processes of the command line on this machine, as a launcher starts them: what the tests of several processes share."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -23,8 +24,29 @@ def live(argv: list[str], log: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     from w2s_jax import main
 
+    if environment.get("COUNTS"):
+        count(Path(environment["COUNTS"]))
     sys.argv = ["w2s", *argv]
     main.cli()
+
+
+def count(file: Path) -> None:
+    """From now on `file` says how many bytes of weights and places for tokens this process has read and made."""
+    from w2s_jax.data import packing
+    from w2s_jax.models import weights
+
+    counts = {"weights": 0, "tokens": 0}
+
+    def counted(key, function, size):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            counts[key] += size(result)
+            file.write_text(json.dumps(counts))
+            return result
+        return call
+
+    weights.Checkpoint.read = counted("weights", weights.Checkpoint.read, lambda array: array.nbytes)
+    packing._fill = counted("tokens", packing._fill, lambda batch: batch["tokens"].size)
 
 
 class Job:

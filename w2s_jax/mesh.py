@@ -65,6 +65,8 @@ def make_mesh(shape, devices=None) -> Mesh:
     if int(np.prod(sizes)) > len(devices) or (free and len(devices) % known):
         raise UserError(f"mesh: {asked} does not fit the {len(devices)} devices here")
     used = np.asarray(devices[: int(np.prod(sizes))]).reshape(sizes)
+    if idle := {d.process_index for d in devices} - {d.process_index for d in used.flat}:
+        raise UserError(f"mesh: {asked} leaves process {min(idle)} of {jax.process_count()} without a device; expected all {len(devices)}")
     return Mesh(used, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
