@@ -9,7 +9,7 @@ from __future__ import annotations
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import experiment, runlog, stages, workload
+from w2s_jax import distributed, experiment, runlog, stages, workload
 from w2s_jax import graph as graph_lib
 from w2s_jax.errors import UserError
 from w2s_jax.files import write_json
@@ -32,14 +32,20 @@ def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> 
     """
     root = epath.Path(workdir).expanduser()
     graph = experiment.build(config, root, stages.identity)
-    states = {name: runlog.state(root / name) for name in graph.nodes}
+    for stage in dict.fromkeys(node.stage for node in graph.nodes.values()):
+        stages.check_processes(stage)
+    states = distributed.once(lambda: {name: runlog.state(root / name) for name in graph.nodes}, "states")
     say(f"{root}: {len(graph.nodes)} runs, {sum(s == 'done' for s in states.values())} of them done; "
         f"checkpoints will take about {_disk(graph, root) / 1e6:,.0f} MB")
     if dry_run:
-        print("\n".join(_table(graph, states)))
+        distributed.once(lambda: print("\n".join(_table(graph, states))), "table")
         return {"runs": states, "pairs": graph.pairs}
-    root.mkdir(parents=True, exist_ok=True)
-    write_json(root / "sweep.json", {"config": config, "pairs": graph.pairs, "runs": list(graph.nodes)})
+
+    def record() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / "sweep.json", {"config": config, "pairs": graph.pairs, "runs": list(graph.nodes)})
+
+    distributed.once(record, "sweep.json")
 
     failed: dict[str, str] = {}
     weights = [0.0 if states[name] == "done" and not rerun else _work(graph, root, node) for name, node in graph.nodes.items()]
