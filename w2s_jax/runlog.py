@@ -107,6 +107,13 @@ def _check_ours(path: epath.Path) -> None:
         raise UserError(f"--workdir={path}: holds {stray[0]} but no config.json, so it is no run of this program; choose another")
 
 
+def _remove(target: epath.Path) -> None:
+    if target.is_dir():
+        target.rmtree()
+    else:
+        target.unlink(missing_ok=True)
+
+
 class Run:
     """A claimed run directory. Use it as a context manager: an exception is recorded in error.json and the claim given back.
 
@@ -168,11 +175,7 @@ class Run:
         return self.results is not None
 
     def _remove(self, name: str) -> None:
-        target = self.path / name
-        if target.is_dir():
-            target.rmtree()
-        else:
-            target.unlink(missing_ok=True)
+        _remove(self.path / name)
 
     def start(self, extra: dict | None = None) -> None:
         """Writes config.json: the resolved config, the identity, versions, commit, devices and the keys of `extra`.
@@ -355,6 +358,20 @@ def load_done(run_dir, stage: str) -> LoadedRun:
     if source.results is None:
         raise UserError(f"run={run_dir}: has no results.json yet, expected a finished run")
     return source
+
+
+def clear(path) -> None:
+    """Removes what a run has made, as `rerun` does; nothing where there is no run. UserError where another process writes it."""
+    path = epath.Path(path)
+    if not (path / "config.json").exists():
+        return
+    _check_ours(path)
+    claim = Claim(path, wait=False)
+    try:
+        for name in OWNED:
+            _remove(path / name)
+    finally:
+        claim.release()
 
 
 def state(path) -> str:
