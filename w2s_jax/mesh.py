@@ -11,6 +11,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -79,6 +80,51 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Cells along dimension `axis` spread over data x fsdp, everything else whole."""
     return NamedSharding(mesh, P(*([None] * axis), BATCH))
+
+
+def own_cells(mesh: Mesh) -> np.ndarray:
+    """The cells of a batch that this process's devices hold, ascending, int `[own]`."""
+    here = [d.process_index == jax.process_index() for d in mesh.devices.reshape(-1)]
+    return np.flatnonzero(np.asarray(here).reshape(cells(mesh), -1).any(axis=1))
+
+
+def put(value, sharding):
+    """An array, or a tree of them, from the host onto devices; each process has the whole value and places its parts.
+
+    `sharding`: one for all, or a tree of them.
+    """
+    if isinstance(sharding, jax.sharding.Sharding):
+        one = sharding
+        sharding = jax.tree.map(lambda _: one, value)
+
+    def place(leaf, sharding):
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+    return jax.tree.map(place, value, sharding)
+
+
+def put_cells(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
+    """A batch's array on the devices, of which this process has the cells `own_cells` along `axis`."""
+    sharding = batch_sharding(mesh, axis)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    count, own = cells(mesh), own_cells(mesh)
+
+    def part(index):
+        at = range(*index[axis].indices(count))
+        return array[(*index[:axis], slice(int(np.searchsorted(own, at.start)), int(np.searchsorted(own, at.stop))), *index[axis + 1:])]
+    return jax.make_array_from_callback((*array.shape[:axis], count, *array.shape[axis + 1:]), sharding, part)
+
+
+def fetch(tree):
+    """Arrays from the devices as a whole, in every process, numpy; all processes must ask together for what they share."""
+    def get(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return jax.tree.map(get, tree)
 
 
 def paths(tree) -> list[tuple[str, object]]:

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from w2s_jax import outcomes, runlog, schedule
+from w2s_jax import interrupts, outcomes, runlog, schedule
 from w2s_jax.errors import UserError
 from w2s_jax.files import read_json
 from w2s_jax.graph import Graph
@@ -28,7 +28,7 @@ CORES = 4  # of a CPU, for each run at once
 TRIES = 3  # of a run that is stopped from outside, each going on where the last one saved
 GRACE = 120.0  # seconds that runs have to save their state once they are told to stop
 # What says that a process is one of a cluster's; a run of the pool is none, wherever the pool itself was started.
-LAUNCHERS = re.compile(r"(SLURM|OMPI|PMI|PMIX|PRTE|PALS)_|JAX_(COORDINATOR|NUM_PROCESSES|PROCESS_ID|LOCAL_DEVICE_IDS)")
+LAUNCHERS = re.compile(r"(SLURM|OMPI|PMI|PMIX|PRTE|MEGASCALE)_|JAX_LOCAL_DEVICE_IDS")
 TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}  # chips of a process -> their shape on the host
 TPU_PORT = 8471  # libtpu's own; each process of a host needs another
 
@@ -94,7 +94,7 @@ def environment(devices: Devices, held: tuple[str, ...], environ=os.environ) -> 
         if held != devices.ids:  # all of a host: as it comes
             port = TPU_PORT + devices.ids.index(held[0])
             out |= {"TPU_VISIBLE_CHIPS": names, "TPU_CHIPS_PER_PROCESS_BOUNDS": TPU_BOUNDS[len(held)], "TPU_PROCESS_BOUNDS": "1,1,1",
-                    "CLOUD_TPU_TASK_ID": "0", "TPU_PROCESS_PORT": str(port), "TPU_PROCESS_ADDRESSES": f"localhost:{port}",
+                    "CLOUD_TPU_TASK_ID": "0", "TPU_WORKER_ID": "0", "TPU_PROCESS_PORT": str(port), "TPU_PROCESS_ADDRESSES": f"localhost:{port}",
                     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     else:
         out[{"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "HIP_VISIBLE_DEVICES"}[devices.platform]] = names
@@ -148,7 +148,7 @@ class Pool:
 
     def run(self) -> dict[str, str]:
         """Makes the runs; returns why each failed one did. SIGTERM and Ctrl-C stop the processes, which save their state: they end in
-        `SystemExit(75)` and KeyboardInterrupt."""
+        `interrupts.Stopped` and KeyboardInterrupt."""
         here = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)} if here else {}
         try:
@@ -164,8 +164,8 @@ class Pool:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self._stop is not None:
-            say(f"stopped; {self._counts()}; the same command goes on")
-            raise KeyboardInterrupt if self._stop == signal.SIGINT else SystemExit(schedule.STOPPED)
+            say(f"stopped: {self._counts()}")
+            raise KeyboardInterrupt if self._stop == signal.SIGINT else interrupts.Stopped("the same command goes on")
         return self.failed
 
     def _signalled(self, number, frame) -> None:
@@ -240,7 +240,7 @@ class Pool:
                 say(f"done     {name}: {outcomes.summary(read_json(path / 'results.json'))} ({seconds}); {self._counts()}")
             elif self._stop is not None:
                 self.waiting.append(name)
-            elif code == schedule.STOPPED and self.tries[name] < TRIES:
+            elif code == interrupts.RESTARTABLE and self.tries[name] < TRIES:
                 self.waiting.insert(0, name)
             else:
                 self._fail(name, f"{_why(code, child)}; log: {child.log}")

@@ -1,4 +1,4 @@
-"""What a waiting user sees on stderr: one line, or a progress bar."""
+"""What a waiting user sees on stderr: one line, or a progress bar. Of several processes, process 0 shows it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import sys
 import time
 from collections.abc import Sequence
 
+from w2s_jax import distributed
+
 
 def say(text: str) -> None:
     """Prints one line on stderr, above a progress bar if there is one."""
+    if not distributed.is_main():
+        return
     from tqdm import tqdm
 
     tqdm.write(str(text), file=sys.stderr)
@@ -42,7 +46,8 @@ class Progress:
         self._values: dict = {}
         self._bar = None
         self._dirty = False
-        if sys.stderr.isatty():
+        self._shown = distributed.is_main()
+        if self._shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if weights else None  # tqdm knows no weights
@@ -85,6 +90,8 @@ class Progress:
         return f"{clock((now - start) * rest / done)} left" if done else ""
 
     def _line(self, now: float) -> None:
+        if not self._shown:
+            return
         parts = [f"{self.label or self.unit} {self.count}/{self.total}"]
         if text := self._text():
             parts.append(text)

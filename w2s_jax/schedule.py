@@ -20,7 +20,6 @@ from w2s_jax.graph import Graph, Node
 
 ALL = -1  # devices of a run: all of its node's
 MOST = 1000  # tasks of one array job (SLURM's default MaxArraySize is 1001)
-STOPPED = 75  # exit code of a run that saved its state on SIGTERM (EX_TEMPFAIL): started again, it goes on
 
 
 # ---------------------------------------------------------------- what a run needs

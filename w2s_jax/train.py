@@ -15,11 +15,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from w2s_jax import checkpoint as ckpt
-from w2s_jax import losses, optimizers, selection
+from w2s_jax import distributed, interrupts, losses, optimizers, selection
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import packing
 from w2s_jax.errors import UserError
@@ -141,11 +139,11 @@ def _run_dispatch(program: Program, stats: dict, *args):
 
 
 def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: int, corpus: Corpus, rates, coefficients, mesh) -> dict:
-    """The arrays of one dispatch on the devices, with room for `group` steps."""
-    rows = []
+    """The arrays of one dispatch on the devices, with room for `group` steps; of the batches this process makes its own cells."""
+    rows, own = [], mesh_lib.own_cells(mesh)
     for s in dispatch:
         docs = plan.batches[s]
-        batch, where = corpus.assemble(docs, plan, shape)
+        batch, where = corpus.assemble(docs, plan, shape, own)
         pad = plan.batch_size - len(docs)
         rows.append({
             "batch": batch, "where": where,
@@ -156,15 +154,14 @@ def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: in
         })
     rows += [rows[-1]] * (group - len(rows))
     stacked = jax.tree.map(lambda *a: np.stack(a), *rows)
-    packed = NamedSharding(mesh, P(None, None, mesh_lib.BATCH))
-    none = mesh_lib.replicated(mesh)
-    batch = {k: jax.device_put(v, packed) for k, v in stacked.pop("batch").items()}
-    return jax.device_put(stacked, none) | {"batch": batch}
+    batch = {k: mesh_lib.put_cells(v, mesh, 2) for k, v in stacked.pop("batch").items()}
+    return mesh_lib.put(stacked, mesh_lib.replicated(mesh)) | {"batch": batch}
 
 
+@interrupts.deferred()
 def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.Plan, rates: np.ndarray, run, *,
           on_eval: Callable | None = None, label: str = "train", stats: dict | None = None) -> dict:
-    """Train, from the newest checkpoint of the run where there is one.
+    """Train, from the newest checkpoint of the run where there is one. After SIGTERM it saves a whole one and raises Stopped.
 
     Args:
       params: the whole nested dict of parameters, placed by the mesh's rules; the trained ones are donated.
@@ -187,7 +184,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
     shardings, none = program.shardings(), mesh_lib.replicated(mesh)
     trainable, frozen = split_params(params, program.train)
     checkpoints = ckpt.Checkpoints(run.path)
-    key = jax.device_put(jax.random.key_data(jax.random.key(config.seed)), none)
+    key = mesh_lib.put(jax.random.key_data(jax.random.key(config.seed)), none)
     coefficients = [loss.coefficient(s, total) for s in range(total)]
 
     opt_shapes = jax.eval_shape(program.optimizer.init, trainable)
@@ -210,7 +207,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
     if done == 0:
         init = jax.jit(program.optimizer.init, out_shardings=shardings["opt_state"])
         opt_state = compiled((program, "init"), lambda: init.lower(trainable).compile())(trainable)
-        loss_state = jax.device_put(loss.init_state(), none)
+        loss_state = mesh_lib.put(loss.init_state(), none)
     elif done < total:
         opt_state, loss_state = states["optimizer"], states["loss"]
         say(f"{label}: resumed at step {done} of {total}")
@@ -226,7 +223,8 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
         clock = time.perf_counter()
 
     def save(finished: int, last: bool):
-        whole = not last or config.keep == "all"
+        nonlocal saved
+        whole, saved = not last or config.keep == "all", finished
         run.flush()  # no line before a checkpoint's step may be missing
         meta = {"step": finished, "total_steps": total, "train": program.train, "selected": stats.get("selected")}
         checkpoints.save(finished, params=trainable, opt_state={"optimizer": opt_state, "loss": loss_state} if whole else None,
@@ -241,7 +239,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
     group = max(len(d) for d in plan.dispatches)
     waiting: list[tuple] = []
     evaluated: dict[int, dict] = {}
-    clock, stopped = time.perf_counter(), total
+    clock, stopped, saved = time.perf_counter(), total, done
 
     def collect(keep: int):
         """Read the metrics of all but the newest `keep` dispatches."""
@@ -266,7 +264,12 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
             progress.update(len(steps_), loss=row["loss"], accuracy=row.get("train_accuracy"), **{corpus.unit: sum(useful)})
 
     try:
-        for dispatch, which in todo:
+        for boundary, (dispatch, which) in enumerate(todo):
+            if distributed.due(boundary):
+                collect(keep=0)
+                if dispatch.start > saved:
+                    save(dispatch.start, last=False)
+                interrupts.stop(f"the same command goes on at step {dispatch.start} of {total}")
             if on_eval and config.eval_every and dispatch.start and dispatch.start % config.eval_every == 0:
                 collect(keep=0)
                 evaluate(dispatch.start)
@@ -275,7 +278,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
                     say(f"{label}: no better {config.select} for {config.patience} evaluations, stopped at step {stopped} of {total}")
                     break
             xs = _inputs(plan, dispatch, plan.shapes[which], group, corpus, rates, coefficients, mesh)
-            n = jax.device_put(np.int32(len(dispatch)), none)
+            n = mesh_lib.put(np.int32(len(dispatch)), none)
             trainable, opt_state, loss_state, metrics = _run_dispatch(
                 program, stats, trainable, opt_state, loss_state, frozen, key, n, xs)
             waiting.append((dispatch, metrics, [int(sizes[plan.batches[s]].sum()) for s in dispatch]))

@@ -8,11 +8,12 @@ this node (`pool`), or SLURM (`slurm`).
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import experiment, pool, runlog, schedule, slurm, stages, workload
+from w2s_jax import distributed, experiment, pool, runlog, schedule, slurm, stages, workload
 from w2s_jax import graph as graph_lib
 from w2s_jax.errors import UserError
 from w2s_jax.files import is_object_store, write_json
@@ -34,19 +35,28 @@ def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> 
       UserError: a config that does not fit together; runs that failed, after all others were made.
     """
     root = epath.Path(workdir).expanduser()
+    if config.executor != "here" and distributed.processes() > 1:
+        raise UserError(f"config.executor: {config.executor!r} starts processes itself, but this is one of {distributed.processes()}; "
+                        "expected it to be started once, or executor=here")
     graph = experiment.build(config, root, stages.identity)
-    states = {name: runlog.state(root / name) for name in graph.nodes}
+    for stage in dict.fromkeys(node.stage for node in graph.nodes.values()):
+        stages.check_processes(stage)
+    states = distributed.once(lambda: {name: runlog.state(root / name) for name in graph.nodes}, "states")
     say(f"{root}: {len(graph.nodes)} runs, {sum(s == 'done' for s in states.values())} of them done; "
         f"checkpoints will take about {_disk(graph, root) / 1e6:,.0f} MB{_free(root)}")
     todo = [name for name, state in states.items() if state != "done" or rerun]
     work = {name: _work(graph, root, graph.nodes[name]) for name in todo}
     if dry_run:
-        print("\n".join(_table(graph, states)))
+        distributed.once(lambda: print("\n".join(_table(graph, states))), "table")
         if config.executor == "slurm":
             slurm.submit(graph, todo, work, config, dry_run=True)
         return {"runs": states, "pairs": graph.pairs}
-    root.mkdir(parents=True, exist_ok=True)
-    write_json(root / "sweep.json", {"config": config, "pairs": graph.pairs, "runs": list(graph.nodes)})
+
+    def record() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / "sweep.json", {"config": config, "pairs": graph.pairs, "runs": list(graph.nodes)})
+
+    distributed.once(record, "sweep.json")
 
     if todo and config.executor == "slurm":
         _clear(root, todo, rerun)
@@ -55,7 +65,7 @@ def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> 
         failed = _on_devices(graph, root, todo, work, config, rerun)
     else:
         failed = _here(graph, root, todo, work, rerun)
-    states |= {name: "failed" if name in failed else "done" for name in todo}
+    states = {name: "failed" if name in failed else "done" for name in states}
     results = {"runs": states, "pairs": graph.pairs}
     students = [pair["runs"].values() for pair in graph.pairs]
     if config.report and any(all(states[run_] == "done" for run_ in runs) for runs in students):
@@ -108,7 +118,8 @@ def _free(root) -> str:
     """What the disk has left, where that can be told."""
     if is_object_store(root):
         return ""
-    there = next(p for p in (root.absolute() if hasattr(root, "absolute") else root, *root.parents) if p.exists())
+    path = Path(root).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
     return f" of the {shutil.disk_usage(there).free / 1e6:,.0f} MB that are free"
 
 
