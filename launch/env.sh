@@ -11,6 +11,22 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 w2s_fail() { echo "error: $*" >&2; exit 2; }
 
+# w2s_usage FILE: the comment that a script begins with.
+w2s_usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$1"; }
+
+# w2s_flag NAME FLAGS...: the value of --NAME among w2s's flags.
+w2s_flag() {
+  local name="$1"
+  shift
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --"$name"=* | -"$name"=*) echo "${1#*=}"; return ;;
+      --"$name" | -"$name") echo "${2:-}"; return ;;
+    esac
+    shift
+  done
+}
+
 # w2s_works PYTHON: it runs, and is a supported version (a pyenv shim may exist without its Python).
 w2s_works() {
   "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
@@ -80,4 +96,22 @@ w2s_install() {
   }
   rm -f "$pins"
   echo "$state" >"$stamp"
+}
+
+# w2s_extra PYTHON NAMES...: what these extras of pyproject.toml install, one a line.
+w2s_extra() {
+  local python="$1"
+  shift
+  "$python" -c '
+import sys, tomllib
+extras = tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"]
+print("\n".join(name for extra in sys.argv[2:] for name in extras[extra]))' "$W2S_ROOT/pyproject.toml" "$@"
+}
+
+# w2s_accelerator PYTHON: the extra that brings jax for the NVIDIA GPUs here; nothing where there are none, or jax knows its way already.
+w2s_accelerator() {
+  local version
+  if [ -n "$(w2s_pins "$1")" ] || ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q GPU; then return; fi
+  version="$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')"
+  if [ "${version:-12}" -ge 13 ]; then echo cuda13; else echo cuda12; fi
 }

@@ -38,7 +38,7 @@ usage: w2s --config=NAME[:ARG] --workdir=DIR [--config.KEY=VALUE ...]     run a 
 FLAGS = {  # name: (kind, help)
     "workdir": (str, "the run's directory; the root for a sweep and a report (local or gs://)"),
     "rerun": (bool, "redo a run that is done"),
-    "dry_run": (bool, "sweep: print the graph of runs and stop"),
+    "dry_run": (bool, "check all that can be told without devices, print the graph of a sweep, and stop"),
     "coordinator": (str, "several processes: host:port where process 0 is found; the launcher says it on SLURM, Open MPI and TPUs"),
     "num_processes": (int, "several processes without such a launcher: how many"),
     "process_id": (int, "several processes without such a launcher: which one this is, from 0"),
@@ -91,8 +91,6 @@ def _main(argv: list[str]) -> int:
     config, values = parse(argv, spec)
     if not values["workdir"]:
         raise UserError("--workdir: is missing; expected the directory that the run is written to")
-    if values["dry_run"] and config.get("stage") != "sweep":
-        raise UserError(f"--dry_run: is for the stage 'sweep', not for {config.get('stage')!r}")
     workdir = _workdir(values["workdir"])
     if (job := launchers.detect(values)) is not None:
         about = _about([f"--config={':'.join(filter(None, spec))}", *argv])
@@ -107,6 +105,8 @@ def _main(argv: list[str]) -> int:
 
     stages.check_processes(config.stage)
     options = {name: True for name in ("rerun", "dry_run") if values[name]} | stages.prepare(config)
+    if values["dry_run"] and config.stage != "sweep":
+        return 0
     if config.stage not in stages.FILES_ONLY and config.get("executor", "here") == "here":  # other executors start processes only
         setup_devices()
     stages.run(config, workdir, **options)

@@ -94,8 +94,8 @@ def environment(devices: Devices, held: tuple[str, ...], environ=os.environ) -> 
         if held != devices.ids:  # all of a host: as it comes
             port = TPU_PORT + devices.ids.index(held[0])
             out |= {"TPU_VISIBLE_CHIPS": names, "TPU_CHIPS_PER_PROCESS_BOUNDS": TPU_BOUNDS[len(held)], "TPU_PROCESS_BOUNDS": "1,1,1",
-                    "CLOUD_TPU_TASK_ID": "0", "TPU_WORKER_ID": "0", "TPU_PROCESS_PORT": str(port), "TPU_PROCESS_ADDRESSES": f"localhost:{port}",
-                    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+                    "TPU_PROCESS_ADDRESSES": f"localhost:{port}", "TPU_PROCESS_PORT": str(port), "CLOUD_TPU_TASK_ID": "0",
+                    "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     else:
         out[{"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "HIP_VISIBLE_DEVICES"}[devices.platform]] = names
     return out

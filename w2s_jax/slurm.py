@@ -27,6 +27,7 @@ from w2s_jax.progress import say
 from w2s_jax.schedule import ALL, Array
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+SEVERAL = ("finetune", "label", "pretrain")  # stages of a sweep that run in several processes
 FOLDER = "slurm"  # under the sweep's root
 
 
@@ -61,26 +62,31 @@ def seconds(text: str) -> float:
 def resources(count: int, options) -> list[str]:
     """Options of sbatch for a run on `count` devices: one process a node, which has all devices of the run there; without a `gres`
     a device is a CPU's, and has a process of its own.
-
-    Raises:
-      UserError: more devices than a node has, and no multiple of them.
     """
+    tasks = processes(count, options)
     count = options.devices if count == ALL else count
-    if not options.gres:
-        here, words = 1, [f"--ntasks={max(count, 1)}"]
+    if options.gres:
+        here = count // tasks  # devices of a node
+        words = [f"--nodes={tasks}", "--ntasks-per-node=1"] + ([f"--gres={options.gres}:{here}"] if here else [])
+        in_task = on_node = max(here, 1)
     else:
-        here = min(count, options.devices)
-        if count > here and count % here:
-            raise UserError(f"config.slurm.devices: a run's mesh takes {count} devices, expected a multiple of the {here} of a node")
-        nodes = math.ceil(count / here) if count else 1
-        words = [f"--nodes={nodes}", "--ntasks-per-node=1"] + ([f"--gres={options.gres}:{here}"] if here else [])
-    share = max(here, 1)
+        words, in_task, on_node = [f"--ntasks={tasks}"], 1, tasks
     if options.cpus:
-        words.append(f"--cpus-per-task={options.cpus * share}")
+        words.append(f"--cpus-per-task={options.cpus * in_task}")
     if options.mem:
         number, unit = re.fullmatch(r"(\d+)([KMGT]?)", options.mem).groups()
-        words.append(f"--mem={int(number) * share * (max(count, 1) if not options.gres else 1)}{unit}")
+        words.append(f"--mem={int(number) * on_node}{unit}")
     return words
+
+
+def processes(count: int, options) -> int:
+    """Processes of a run on `count` devices. UserError: more devices than a node has, and no multiple of them."""
+    count = options.devices if count == ALL else count
+    if not options.gres:
+        return max(count, 1)
+    if count > options.devices and count % options.devices:
+        raise UserError(f"config.slurm.devices: a run's mesh takes {count} devices, expected a multiple of the {options.devices} of a node")
+    return max(math.ceil(count / options.devices), 1)
 
 
 def command(array: Array, options, folder: Path, script: Path, title: str, after=()) -> list[str]:
@@ -211,10 +217,12 @@ def submit(graph: Graph, todo, work: dict[str, float], config, dry_run: bool = F
         number = 1 + max((int(Path(job["script"]).name.split("-")[0]) for job in jobs.read()), default=0)
         left = [name for name in todo if name not in queued]
         if already := [name for name in todo if name in queued]:
-            say(f"in the queue already: {len(already)} runs")
+            say(f"in the queue already: {len(already)} run{'s' * (len(already) > 1)}")
         arrays = schedule.arrays(graph, left, work)
         for array in arrays:  # all of them fit before one is submitted
-            resources(array.devices, options)
+            if processes(array.devices, options) > 1 and array.stage not in SEVERAL:
+                raise UserError(f"{array.runs[0]}: its mesh takes {processes(array.devices, options)} processes, but the stage "
+                                f"{array.stage} runs in one; expected config.slurm.devices={array.devices} or more, or a smaller mesh")
         ids: dict[str, str] = {}
         title = f"w2s-{short(str(root))}"
         if not dry_run:
@@ -225,7 +233,7 @@ def submit(graph: Graph, todo, work: dict[str, float], config, dry_run: bool = F
             file = folder / f"{number}-{array.name}.sh"
             text = script(root, array.runs, options, f"Part of the sweep {root}: runs of the stage {array.stage}, one a task of the array.")
             words = command(array, options, folder, file, f"{title}-{array.stage}", after)
-            what = f"{len(array.runs)} runs of {array.stage}, {_devices(array.devices, options)} each" + ", after " * bool(after)
+            what = f"{len(array.runs)} run{'s' * (len(array.runs) > 1)} of {array.stage}, {_devices(array.devices, options)} each" + ", after " * bool(after)
             ids[array.name] = _submit(jobs, words, file, text, array.runs, f"{what}{', '.join(after)}", dry_run)
             queued |= {run: f"{ids[array.name]}_{task}" for task, run in enumerate(array.runs)}
         if arrays and config.report:
