@@ -1,10 +1,11 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: finds or makes a Python environment and installs what a run needs.
 #
 #   source launch/env.sh
 #   w2s_env                     # sets $PYTHON: an active environment's, else .venv's, made if there is none
 #   w2s_install "$PYTHON" ...   # requirements.txt and further packages; skipped when nothing changed
 #
-# An accelerator's jax that is already installed is kept as it is: its version is pinned for pip.
+# An accelerator's jax that is already installed is kept as it is: its version is pinned for pip. W2S_INSTALL=0 installs nothing.
 
 W2S_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -80,11 +81,12 @@ PY
 
 # w2s_install PYTHON [PACKAGES...]
 w2s_install() {
-  local python="$1" stamp state pins
+  local python="$1" stamp wanted pins
   shift
-  stamp="$("$python" -c 'import sys; print(sys.prefix)')/.w2s-installed"
-  state="$(cat "$W2S_ROOT/requirements.txt"; echo "$*")"
-  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && "$python" -c 'import jax, flax' >/dev/null 2>&1; then return; fi
+  if [ "${W2S_INSTALL:-1}" = 0 ]; then return; fi
+  stamp="$("$python" -c 'import sys; print(sys.prefix)')/.w2s-installed" # a line for each that is there
+  wanted="$(cat "$W2S_ROOT/requirements.txt"; printf '%s\n' "$@")"
+  if [ -f "$stamp" ] && ! grep -Fxqvf "$stamp" <<<"$wanted" && "$python" -c 'import jax, flax' >/dev/null 2>&1; then return; fi
   "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 || w2s_fail "$python has no pip"
   pins="$(mktemp)"
   w2s_pins "$python" >"$pins"
@@ -95,7 +97,8 @@ w2s_install() {
     w2s_fail "pip could not install requirements.txt (see above)"
   }
   rm -f "$pins"
-  echo "$state" >"$stamp"
+  if [ -f "$stamp" ] && ! grep -Fxqvf "$stamp" "$W2S_ROOT/requirements.txt"; then wanted+="$(echo; cat "$stamp")"; fi # what was added before
+  sort -u <<<"$wanted" >"$stamp"
 }
 
 # w2s_extra PYTHON NAMES...: what these extras of pyproject.toml install, one a line.

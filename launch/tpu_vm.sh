@@ -75,6 +75,7 @@ remove() {
 }
 
 make() {
+  [ -n "$type" ] && [ -n "$version" ] || there="" # nothing to delete
   [ -n "$type" ] && [ -n "$version" ] || w2s_fail "--name=$name: there is no such TPU VM in $zone; expected --type and --version to make it"
   create+=(--accelerator-type="$type")
   if [ -z "$queued" ]; then
@@ -95,30 +96,49 @@ make() {
   done
 }
 
+archive="$(mktemp -d)/w2s_jax.tar.gz"
+there="" running=""
+# shellcheck disable=SC2329 # a trap calls it
+end() {
+  rm -rf "$(dirname "$archive")"
+  if [ -n "$delete" ] && [ -n "$there" ]; then remove || echo "error: $name was not deleted, and goes on to cost" >&2; fi
+}
+# shellcheck disable=SC2329
+stop() {
+  trap '' INT TERM
+  if [ -n "$running" ]; then
+    echo "stopping: the run saves its state" >&2
+    ssh_all "pkill -TERM -f [w]2s_jax.main || true"
+    wait "$running" || true
+  fi
+  exit 130
+}
+trap end EXIT
+trap stop INT TERM
+
 found="$(state)"
 case "$found" in
   READY) echo "using the TPU VM $name" >&2 ;;
   PREEMPTED | TERMINATED) # a spot slice that was taken away has to go before another can have its name
     echo "the TPU VM $name is $found: made anew" >&2
     remove
+    there=yes
     make
     ;;
-  "") make ;;
+  "")
+    there=yes
+    make
+    ;;
   *) w2s_fail "--name=$name: the TPU VM is $found, expected READY" ;;
 esac
+there=yes
 
-archive="$(mktemp -d)/w2s_jax.tar.gz"
-end() {
-  rm -rf "$(dirname "$archive")"
-  if [ -n "$delete" ]; then remove || echo "error: $name was not deleted, and goes on to cost" >&2; fi
-}
-trap end EXIT
-trap 'echo "stopping the run on every worker" >&2; ssh_all "pkill -TERM -f [w]2s_jax.main || true"; exit 130' INT TERM
 tar -C "$W2S_ROOT" --exclude='./.venv*' --exclude=./.git --exclude=./runs --exclude=__pycache__ -czf "$archive" .
 call tpu-vm scp "$archive" "$name:w2s_jax.tar.gz" "${common[@]}" "${reach[@]}" --worker=all
 ssh_all "mkdir -p w2s_jax && tar -xzf w2s_jax.tar.gz -C w2s_jax && bash w2s_jax/launch/tpu_worker.sh --install"
-status=0
-ssh_all "bash w2s_jax/launch/tpu_worker.sh $(printf '%q ' "$@")" &
 # In the background, so that Ctrl-C reaches the workers and not only the connection to them.
-wait $! || status=$?
+ssh_all "bash w2s_jax/launch/tpu_worker.sh $(printf '%q ' "$@")" &
+running=$!
+status=0
+wait "$running" || status=$?
 exit "$status"

@@ -121,20 +121,21 @@ class Array:
     after: tuple[str, ...]
 
 
-def arrays(graph: Graph, todo, work: dict[str, float]) -> list[Array]:
+def arrays(graph: Graph, todo, work: dict[str, float], pending=()) -> list[Array]:
     """The runs `todo` as array jobs, each after those that it waits for, the longest run of each first (`work`: by name).
 
-    A group is a wave (how many runs of `todo` stand before it), a stage and a number of devices. Runs that nothing else reads, such
-    as ceilings, have groups of their own: nobody waits for them.
+    A group is a wave (how many runs that are not done, of `todo` or `pending` elsewhere, stand before it), a stage and a number of
+    devices. Runs that nothing else reads, such as ceilings, have groups of their own: nobody waits for them.
     """
-    todo = [name for name in graph.nodes if name in set(todo)]
+    todo, pending = set(todo), set(pending)
     read = {parent for name in todo for parent in graph.nodes[name].parents}
     wave: dict[str, int] = {}
     groups: dict[tuple, list[str]] = {}
-    for name in todo:
-        node = graph.nodes[name]
-        wave[name] = 1 + max((wave[parent] for parent in node.parents if parent in wave), default=-1)
-        groups.setdefault((wave[name], name not in read, node.stage, devices(graph, node)), []).append(name)
+    for name, node in graph.nodes.items():
+        if name in todo or name in pending:
+            wave[name] = 1 + max((wave[parent] for parent in node.parents if parent in wave), default=-1)
+        if name in todo:
+            groups.setdefault((wave[name], name not in read, node.stage, devices(graph, node)), []).append(name)
     out: list[Array] = []
     place: dict[str, str] = {}
     for (_, _, stage, count), names in sorted(groups.items()):

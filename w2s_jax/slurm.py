@@ -218,7 +218,7 @@ def submit(graph: Graph, todo, work: dict[str, float], config, dry_run: bool = F
         left = [name for name in todo if name not in queued]
         if already := [name for name in todo if name in queued]:
             say(f"in the queue already: {len(already)} run{'s' * (len(already) > 1)}")
-        arrays = schedule.arrays(graph, left, work)
+        arrays = schedule.arrays(graph, left, work, queued)
         for array in arrays:  # all of them fit before one is submitted
             if processes(array.devices, options) > 1 and array.stage not in SEVERAL:
                 raise UserError(f"{array.runs[0]}: its mesh takes {processes(array.devices, options)} processes, but the stage "
@@ -233,8 +233,9 @@ def submit(graph: Graph, todo, work: dict[str, float], config, dry_run: bool = F
             file = folder / f"{number}-{array.name}.sh"
             text = script(root, array.runs, options, f"Part of the sweep {root}: runs of the stage {array.stage}, one a task of the array.")
             words = command(array, options, folder, file, f"{title}-{array.stage}", after)
-            what = f"{len(array.runs)} run{'s' * (len(array.runs) > 1)} of {array.stage}, {_devices(array.devices, options)} each" + ", after " * bool(after)
-            ids[array.name] = _submit(jobs, words, file, text, array.runs, f"{what}{', '.join(after)}", dry_run)
+            what = f"{len(array.runs)} run{'s' * (len(array.runs) > 1)} of {array.stage}, {_devices(array.devices, options)} each"
+            what += f", after {', '.join(after)}" if after else ""
+            ids[array.name] = _submit(jobs, words, file, text, array.runs, what, dry_run)
             queued |= {run: f"{ids[array.name]}_{task}" for task, run in enumerate(array.runs)}
         if arrays and config.report:
             file = folder / f"{number}-report.sh"
