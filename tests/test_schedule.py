@@ -195,7 +195,7 @@ def recorder(tmp_path, monkeypatch):
     """Stand-ins for SLURM's programs that note how they are called: `calls()` gives the calls so far."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("sbatch", "squeue", "srun", "scontrol"):
+    for name in ("sbatch", "squeue", "srun", "scancel"):
         (folder / name).write_text(RECORDER.format(python=sys.executable))
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -245,14 +245,14 @@ def test_what_is_queued_is_not_submitted_again(graph, recorder, monkeypatch, cap
     queue = "101|1|RUNNING|w2s-root-finetune", "103|0|PENDING|w2s-root-label", "103|1|PENDING|w2s-root-label", "102|0|RUNNING|mine"
     monkeypatch.setenv("QUEUE", "\n".join(queue))
     queued = submit(graph)
-    calls = recorder()[5:]
-    assert calls[0][0] == "squeue" and [call[0] for call in calls[1:]] == ["sbatch"] * 4
-    weak, ceiling, student, report = (call[1:] for call in calls[1:])
-    assert "--array=0-0" in weak and "--array=0-1" in ceiling
-    assert "--dependency=afterany:103_0:103_1" in student  # of the labels that are queued yet
-    assert "--dependency=afterany:101:103:106:107:108" in report
-    assert set(queued) == set(graph.nodes)
-    assert "in the queue already: 3 runs" in capsys.readouterr().err
+    asked, cancelled, *calls = recorder()[5:]
+    assert asked[0] == "squeue" and [call[0] for call in calls] == ["sbatch"] * 5
+    assert cancelled == ["scancel", "103_0"]  # it would have started before the first weak model is made again
+    weak, ceiling, label, student, report = (call[1:] for call in calls)
+    assert "--array=0-0" in weak and "--array=0-0" in label and "--array=0-1" in ceiling and "--array=0-1" in student
+    assert "--dependency=afterany:106" in label and "--dependency=afterany:108:103_1" in student
+    assert set(queued) == set(graph.nodes) and queued[next(n for n in queued if "label-weak-s1" in n)] == "103_1"
+    assert "in the queue already: 2 runs" in capsys.readouterr().err
 
 
 def test_status_says_what_the_queue_has_and_where_a_run_failed(graph, recorder, monkeypatch):

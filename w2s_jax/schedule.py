@@ -128,7 +128,7 @@ def arrays(graph: Graph, todo, work: dict[str, float], pending=()) -> list[Array
     devices. Runs that nothing else reads, such as ceilings, have groups of their own: nobody waits for them.
     """
     todo, pending = set(todo), set(pending)
-    read = {parent for name in todo for parent in graph.nodes[name].parents}
+    read = {parent for name in todo | pending for parent in graph.nodes[name].parents}
     wave: dict[str, int] = {}
     groups: dict[tuple, list[str]] = {}
     for name, node in graph.nodes.items():

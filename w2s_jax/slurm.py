@@ -213,7 +213,11 @@ def submit(graph: Graph, todo, work: dict[str, float], config, dry_run: bool = F
         (folder / "logs").mkdir(parents=True, exist_ok=True)
     jobs = Jobs(folder)
     with contextlib.nullcontext() if dry_run else _alone(folder):
-        queued = {run: found["job"] for run, found in (jobs.runs() if jobs.file.exists() else {}).items() if found["state"]}
+        found = {run: where for run, where in jobs.runs().items() if where["state"] and run in graph.nodes}
+        stale = _stale(graph, [name for name in todo if name not in found], found)
+        if stale and not dry_run:
+            _ask("scancel", *(found[run]["job"] for run in stale))
+        queued = {run: where["job"] for run, where in found.items() if run not in stale}
         number = 1 + max((int(Path(job["script"]).name.split("-")[0]) for job in jobs.read()), default=0)
         left = [name for name in todo if name not in queued]
         if already := [name for name in todo if name in queued]:
@@ -247,6 +251,16 @@ def submit(graph: Graph, todo, work: dict[str, float], config, dry_run: bool = F
         say(f"how it goes: w2s status {shlex.quote(str(root))}; logs: {folder / 'logs'}; cancel all: "
             f"scancel {' '.join(dict.fromkeys([job.split('_')[0] for job in queued.values()] + list(ids.values())))}")
     return queued
+
+
+def _stale(graph: Graph, left: list[str], found: dict[str, dict]) -> list[str]:
+    """Runs that wait in the queue for an earlier attempt at what is about to be submitted again: they would start too early."""
+    again, stale = set(left), []
+    for name, node in graph.nodes.items():
+        if name in found and found[name]["state"] == "PENDING" and again.intersection(node.parents):
+            again.add(name)
+            stale.append(name)
+    return stale
 
 
 @contextlib.contextmanager
