@@ -401,6 +401,20 @@ def load_done(run_dir, stage: str) -> LoadedRun:
     return source
 
 
+def clear(path) -> None:
+    """Removes what a run has made, as `rerun` does; nothing where there is no run. UserError where another process writes it."""
+    path = epath.Path(path)
+    if not (path / "config.json").exists():
+        return
+    _check_ours(path)
+    claim = Claim(path, wait=False)
+    try:
+        for name in OWNED:
+            _remove(path / name)
+    finally:
+        claim.release()
+
+
 def state(path) -> str:
     """`done`, `running`, `failed` (error.json), `stopped` (killed, to be resumed) or `absent`."""
     path = epath.Path(path)

@@ -91,9 +91,10 @@ def prepare(config) -> dict:
 
         return {"prepared": prompts.prepare(prompts.resolve(config))}
     elif config.stage == "sweep":
-        from w2s_jax import graph
+        from w2s_jax import graph, slurm
 
         graph.check(config)
+        slurm.check(config.slurm)
     return {}
 
 
