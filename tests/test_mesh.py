@@ -6,8 +6,8 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
+from w2s_jax import constraints, models, optimizers
 from w2s_jax import mesh as mesh_lib
-from w2s_jax import models, optimizers
 from w2s_jax.errors import UserError
 
 BACKBONE = "backbone/"
@@ -156,7 +156,7 @@ def test_rows_of_a_table_that_stays_where_it_lies(sizes, entries):
     fill = lambda table, ids: table.at[ids].get(mode="fill", fill_value=np.nan)  # noqa: E731
     placed = jax.device_put(table, jax.NamedSharding(mesh, mesh_lib.spec(TOKENS, table.shape, mesh)[0]))
     rows = jax.device_put(ids, mesh_lib.batch_sharding(mesh))
-    take = jax.jit(lambda table, ids: mesh_lib.take_rows(table, ids, TOKENS, fill))
+    take = jax.jit(lambda table, ids: constraints.take_rows(table, ids, TOKENS, fill))
     np.testing.assert_array_equal(take(placed, rows), table[ids])
     found, expected = (jax.jit(jax.grad(lambda table, ids, take=take: (take(table, ids) * weights).sum()))(table, ids)
                        for take, table, ids in ((take, placed, rows), (fill, table, ids)))
@@ -172,6 +172,6 @@ def test_rows_and_heads_are_spread_where_they_divide():
     x = jax.device_put(np.zeros((8, 3, 6, 5)), mesh_lib.batch_sharding(mesh))
     batch = ("data", "fsdp")
     for axis, expected in ((2, P(batch, None, "model")), (3, P(batch)), (None, P(batch))):  # 6 heads divide, 5 features do not
-        found = jax.jit(lambda x, axis=axis: mesh_lib.spread(x * 1.0, model=axis))(x)
+        found = jax.jit(lambda x, axis=axis: constraints.spread(x * 1.0, model=axis))(x)
         assert found.sharding.is_equivalent_to(jax.NamedSharding(mesh, expected), 4), axis
-    assert mesh_lib.axis_sizes(np.zeros((8, 3))) == {}  # no mesh is known
+    assert constraints.axis_sizes(np.zeros((8, 3))) == {}  # no mesh is known

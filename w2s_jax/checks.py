@@ -47,6 +47,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "arch.mlp": (1, math.inf), "arch.patch": (1, math.inf), "contrast.width": (1, math.inf), "contrast.outputs": (1, math.inf),
     "contrast.temperature": (TINY, 1e6), "augment.shift": (0, 1), "augment.zoom": (0, 1 - 1e-9), "augment.rotate": (0, 180),
     "augment.brightness": (0, 1), "augment.contrast": (0, 1), "augment.noise": (0, 1),
+    "slots": (0, 4096), "slurm.devices": (1, 4096), "slurm.cpus": (0, 4096), "slurm.at_once": (0, 1e6), "slurm.grace": (0, 65535),
+    "slurm.restarts": (0, 1e6),
     "probe_args.k": (1, math.inf), "probe_args.l2": (TINY, 1e30), "probe_args.folds": (2, math.inf),
 }  # fmt: skip
 WORDS = (("loss_args.radius", "midweak"), ("microbatch_size", "auto"))  # in place of a number
@@ -151,8 +153,9 @@ def _check_sweep(c: ConfigDict) -> None:
         for value in c[key]:
             _choose(key, value, choices)
     _choose("members", c.members, ("seeds", "models"))
-    for key in ("s2s_rounds", "shots"):
-        _in_range(key, c[key])
+    _choose("executor", c.executor, CHOICES["executor"])
+    for key in ("s2s_rounds", "shots", "slots", *(f"slurm.{key}" for key in ("devices", "cpus", "at_once", "grace", "restarts"))):
+        _in_range(key, flatten(c)[key])
     if "few_shot" in c.floors and not c.shots:
         raise UserError("config.shots: 0, expected 1 or more for config.floors=few_shot")
     for rung in c.rungs:

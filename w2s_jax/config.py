@@ -81,6 +81,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "keep": ("params", "all", "none"),
     "select": ("last", "val_labels", "agreement", "oracle"),
     "logger": ("none", "tensorboard", "wandb"),
+    "executor": ("here", "devices", "slurm"),
 }
 
 # Keys that change how a run is executed, not what comes out: two runs that differ only in these are the same run.
@@ -126,7 +127,7 @@ def find(path_or_name: str) -> Path:
         UserError: there is no such file; the message names the nearest shipped config.
     """
     path = Path(path_or_name).expanduser()
-    if path.is_file() and path.suffix == ".py":
+    if path.is_file() and path.suffix in (".py", ".json"):
         return path
     inner = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
     if inner.parts and not inner.is_absolute() and ".." not in inner.parts:
@@ -141,12 +142,14 @@ def load(path_or_name: str, arg: str | None = None) -> ConfigDict:
     """Runs the `get_config(arg)` of a config file and returns its config, locked.
 
     Args:
-        path_or_name: as for `find`.
+        path_or_name: as for `find`, or a .json file with a config under `config`, as a run records it (see `recorded`).
         arg: what stands after the colon in `--config=finetune:runlocal`; None calls `get_config()`.
 
     Raises:
         UserError: no such file, or the file fails; the message names the file and the line.
     """
+    if path_or_name.endswith(".json"):
+        return recorded(path_or_name).lock()
     file = find(path_or_name)
     try:
         # Not an import: bytecode kept beside the file could outlive a quick edit of it.
@@ -179,6 +182,27 @@ def shipped(name: str, arg: str | None = None) -> ConfigDict:
     if not file.is_file():
         raise UserError(f"config {name!r}: expected one of {', '.join(names())}{nearest(name, names())}")
     return load(str(file), arg).unlock()
+
+
+def recorded(path: str) -> ConfigDict:
+    """The config in a JSON file (local or gs://): the value of its key `config`, put over the defaults of its stage, unlocked.
+
+    UserError where the file cannot be read or holds no config. Keys and types are `checks.check`'s to judge.
+    """
+    from w2s_jax.files import read_json
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(entry) for key, entry in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    values = read_json(path).get("config")
+    if not isinstance(values, dict) or values.get("stage") not in CHOICES["stage"]:
+        raise UserError(f"--config={path}: expected a config under the key 'config', with its stage")
+    c = shipped(values["stage"])
+    with c.ignore_type():
+        c.update(tuples(values))
+    return c
 
 
 def runlocal(c: ConfigDict) -> ConfigDict:

@@ -50,9 +50,9 @@ class Corpus(abc.ABC):
         """How the run's batches become arrays."""
 
     @abc.abstractmethod
-    def assemble(self, documents: np.ndarray, plan: packing.Plan, shape: packing.Shape) -> tuple[dict, np.ndarray]:
-        """One step's arrays for the model, `[microbatches, cells, ...]` each, `documents` `[.., slots]` among them, and each
-        document's place in the flattened slots, `[batch_size]`."""
+    def assemble(self, documents: np.ndarray, plan: packing.Plan, shape: packing.Shape, own=None) -> tuple[dict, np.ndarray]:
+        """One step's arrays for the model, `[microbatches, own, ...]` each, `documents` `[.., slots]` among them, and each
+        document's place in the flattened slots of all cells, `[batch_size]`. `own`: the cells that are wanted; None = all."""
 
 
 @dataclasses.dataclass
@@ -73,8 +73,8 @@ class Texts(Corpus):
     def plan(self, batches, dispatches, **layout) -> packing.Plan:
         return packing.plan_training(self.sizes, batches, dispatches, **layout)
 
-    def assemble(self, documents, plan, shape) -> tuple[dict, np.ndarray]:
-        packed = packing.assemble(documents, self.tokens, plan, shape)
+    def assemble(self, documents, plan, shape, own=None) -> tuple[dict, np.ndarray]:
+        packed = packing.assemble(documents, self.tokens, plan, shape, own)
         return {k: packed[k] for k in PACKED}, packed["where"]
 
 
@@ -108,10 +108,15 @@ class Images(Corpus):
         return packing.Plan(batches, dispatches, [0] * len(dispatches), [packing.Shape(slots, 1)], microbatches, cells, slots, size,
                             sum(len(b) for b in batches), len(batches) * places * slots)
 
-    def assemble(self, documents, plan, shape) -> tuple[dict, np.ndarray]:
-        lead = (plan.microbatches, plan.cells, plan.slots)
-        batch = image_batch(self.pixels(documents), int(np.prod(lead)))
-        return {k: v.reshape(*lead, *v.shape[1:]) for k, v in batch.items()}, np.arange(plan.batch_size, dtype=np.int32)
+    def assemble(self, documents, plan, shape, own=None) -> tuple[dict, np.ndarray]:
+        slots = np.arange(plan.microbatches * plan.cells * plan.slots).reshape(plan.microbatches, plan.cells, plan.slots)
+        slots = slots if own is None else slots[:, own]
+        real = slots < len(documents)
+        images = np.zeros((*slots.shape, *self.size, 3), np.uint8)
+        if real.any():
+            images[real] = self.pixels(documents[slots[real]])
+        batch = {"images": images, "documents": np.where(real, slots, -1).astype(np.int32)}
+        return batch, np.arange(plan.batch_size, dtype=np.int32)
 
 
 def image_batch(pixels: np.ndarray, slots: int) -> dict[str, np.ndarray]:

@@ -222,7 +222,7 @@ def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
     shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
     params = models.load(folder, model, shardings, jax.random.key(seed))
     if head == "classifier" and config.head_init == "unembedding":
-        params["head"]["kernel"] = jax.device_put(_unembedding(config, model, folder), params["head"]["kernel"].sharding)
+        params["head"]["kernel"] = mesh_lib.put(_unembedding(config, model, folder), params["head"]["kernel"].sharding)
     if lora(config) and config.lora.init:
         params = models.load_adapter(config.lora.init, params, model)
     return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [])

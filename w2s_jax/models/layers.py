@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from w2s_jax.mesh import axis_sizes, gathered, take_rows
+from w2s_jax.constraints import axis_sizes, gathered, take_rows
 
 Drop = Callable[[jax.Array, float, int], jax.Array]  # (x, rate, site) -> x
 _tanh_gelu = lambda x: jax.nn.gelu(x, approximate=True)  # noqa: E731
@@ -136,6 +136,6 @@ class Embedding(nnx.Module):
         self.dtype = compute.dtype
 
     def __call__(self, ids: jax.Array, path: str | None = None) -> jax.Array:
-        """[..., width]. `path`: of the parameter, where the table is large enough to stay split over devices (mesh.take_rows)."""
+        """[..., width]. `path`: of the parameter, where the table is large enough to stay split over devices (constraints.take_rows)."""
         rows = lambda table, ids: table.at[ids].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)  # noqa: E731
         return rows(self.embedding[...], ids) if path is None else take_rows(self.embedding[...], ids, path, rows)
