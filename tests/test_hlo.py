@@ -55,6 +55,48 @@ def test_a_loop_of_unknown_length_counts_once():
     assert found.flops == 2.0 * TOKENS * WIDTH * WIDTH and found.loops == (1,)
 
 
+@pytest.mark.parametrize("start, step, end, trips", [(0, 1, 8, 8), (0, 2, 8, 4), (3, 1, 8, 5), (1, 3, 8, 3)])
+@pytest.mark.parametrize("add", ["add(%n, %s)", "fusion(%n), kind=kLoop, calls=%inside"])
+def test_loops_as_the_tpus_compiler_leaves_them(start, step, end, trips, add):
+    """Without a count of their own: from, by and to constants; a ring's products come two a trip."""
+    text = f"""HloModule m
+
+%inside (p: s32[]) -> s32[] {{
+  %p = s32[]{{:T(128)}} parameter(0)
+  %c = s32[]{{:T(128)}} constant({step})
+  ROOT %a = s32[]{{:T(128)}} add(%p, %c)
+}}
+
+%body (t: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {{
+  %t = (f32[8,8]{{1,0}}, s32[]{{:T(128)}}) parameter(0)
+  %x = f32[8,8]{{1,0}} get-tuple-element(%t), index=0
+  %n = s32[]{{:T(128)}} get-tuple-element(%t), index=1
+  %s = s32[]{{:T(128)}} constant({step})
+  %y = f32[8,8]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %m = s32[]{{:T(128)}} {add}
+  ROOT %r = (f32[8,8]{{1,0}}, s32[]{{:T(128)}}) tuple(%y, %m)
+}}
+
+%condition (t: (f32[8,8], s32[])) -> pred[] {{
+  %end = s32[]{{:T(128)}} constant({end})
+  %t = (f32[8,8]{{1,0}}, s32[]{{:T(128)}}) parameter(0)
+  %n = s32[]{{:T(128)}} get-tuple-element(%t), index=1
+  ROOT %lt = pred[]{{:T(512)}} compare(%n, %end), direction=LT
+}}
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
+  %x = f32[8,8]{{1,0}} parameter(0)
+  %zero = s32[]{{:T(128)}} constant({start})
+  %copy = s32[]{{:T(128)}} copy(%zero)
+  %init = (f32[8,8]{{1,0}}, s32[]{{:T(128)}}) tuple(%x, %copy)
+  %w = (f32[8,8]{{1,0}}, s32[]{{:T(128)}}) while(%init), condition=%condition, body=%body
+  ROOT %r = f32[8,8]{{1,0}} get-tuple-element(%w), index=0
+}}
+"""
+    found = hlo.cost(text)
+    assert found.loops == (trips,) and found.flops == trips * 2.0 * 8**3
+
+
 def test_of_two_branches_the_dearer_counts():
     def either(p, w, x):
         return jax.lax.cond(p, lambda: layers(w, x), lambda: (x @ w[0]).sum())
