@@ -148,9 +148,10 @@ def work(model, settings: Settings, shape: Shape, *, microbatches: int, train: s
 
 
 def meshes(devices: int, model, most: int) -> list[dict[str, int]]:
-    """Meshes over all devices: with at most `most` cells (a batch has no more documents), tensors split as heads and MLP divide."""
+    """Meshes over all devices: with at most `most` cells (a batch has no more documents), tensors split as heads of both kinds and MLP
+    divide: attention whose heads do not divide is computed whole on every device."""
     c, out = model.config, []
-    for split in (s for s in range(1, devices + 1) if devices % s == 0 and c.heads % s == 0 and c.mlp % s == 0):
+    for split in (s for s in range(1, devices + 1) if devices % s == 0 and not any(n % s for n in (c.heads, c.kv_heads, c.mlp))):
         cells = devices // split
         if cells <= most:
             out += [{"data": cells // fsdp, "fsdp": fsdp, "model": split} for fsdp in range(1, cells + 1) if cells % fsdp == 0]
