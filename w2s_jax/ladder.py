@@ -243,19 +243,24 @@ class _Ladder:
                 break
         return f"; would fit: {', or '.join(found)}" if found else "; nothing known to this project would fit: take a smaller model"
 
-    def next_smaller(self, rung: Rung) -> str:
-        """The keys of the next rung that needs clearly less than this one; what else would do where there is none."""
+    def next_smaller(self, rung: Rung, needed: int) -> str:
+        """The keys of the next rung that fits, or of the smallest one; what else would do where none needs clearly less than this one.
+
+        `needed`: bytes that the backend asked for, 0 = not known: estimates are raised in proportion where it is more.
+        """
         now = self.estimate(rung).peak
+        scale = max(needed / now, 1.0)
         every = rungs(self.config, self.devices, self.batch_size, self.loss.per_document, free=True)
-        for other in every:
-            if (needs := self.estimate(other).peak) <= 0.85 * now:
-                keys = [f"mesh.{axis}={n}" for axis, n, was in zip(mesh_lib.AXES, other.mesh, rung.mesh) if n != was]
-                if other.microbatches != rung.microbatches:
-                    keys.append(f"microbatch_size={other.microbatch_size(self.batch_size)}")
-                if other.remat != rung.remat:
-                    keys.append(f"remat={other.remat}")
-                return f"; expected {' '.join(f'--config.{key}' for key in keys)} (about {show(needs)} instead of {show(now)} a device)"
-        return f"; this is the smallest setting (about {show(now)} a device){self.alternatives(rung)}"
+        sizes = {other: self.estimate(other).peak * scale for other in every}
+        less = [other for other in every if sizes[other] <= 0.85 * now * scale]
+        if not less:
+            return f"; this is the smallest setting (about {show(now * scale)} a device){self.alternatives(rung)}"
+        other = next((r for r in less if sizes[r] <= ROOM * self.limit), min(less, key=sizes.get))
+        keys = {f"mesh.{axis}": n for axis, n, was in zip(mesh_lib.AXES, other.mesh, rung.mesh) if n != was}
+        keys |= {"microbatch_size": other.microbatch_size(self.batch_size)} if other.microbatches != rung.microbatches else {}
+        keys |= {"remat": other.remat} if other.remat != rung.remat else {}
+        return (f"; expected {' '.join(f'--config.{key}={value}' for key, value in keys.items())} "
+                f"(about {show(sizes[other])} instead of {show(now * scale)} a device)")
 
 
 def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarray], loss, make_optimizer: Callable, *, kind: str = "full",
@@ -378,6 +383,23 @@ def answer(error: BaseException, what: str, advice: str) -> UserError:
     return UserError(f"memory: {what} ran out of it, {where}{advice}")
 
 
+def advice(config) -> str:
+    """What to change in a stage whose needs nobody has estimated."""
+    keys = []
+    if "eval_batch_size" in config:
+        size = config.eval_batch_size
+        keys.append(f"--config.eval_batch_size={max(size // 2, 1)}" if size else "a small --config.eval_batch_size (documents a pass)")
+    if isinstance(config.get("microbatch_size"), int) and config.batch_size > 1:
+        keys.append(f"--config.microbatch_size={max((config.microbatch_size or config.batch_size) // 2, 1)}")
+    if config.get("remat") == "none":
+        keys.append("--config.remat=full")
+    if "mesh" in config and config.mesh.get("fsdp") != len(jax.devices()) > 1:
+        keys.append(f"--config.mesh={'x'.join(map(str, (1, len(jax.devices()), 1)))}")
+    if config.get("dtype") == "float32":
+        keys.append("--config.dtype=bfloat16")
+    return f"; expected {' or '.join(keys)}" if keys else "; expected a smaller model or more memory"
+
+
 @contextlib.contextmanager
 def answered(what: str, fitted: Fitted) -> Iterator[None]:
     """Turns an exhausted memory inside the block into one line that names the next setting."""
@@ -386,4 +408,5 @@ def answered(what: str, fitted: Fitted) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_exhausted(error):
             raise
-        raise answer(error, f"{what} ({fitted.ladder.describe(fitted.rung)})", fitted.ladder.next_smaller(fitted.rung)) from error
+        advised = fitted.ladder.next_smaller(fitted.rung, asked(error) or 0)
+        raise answer(error, f"{what} ({fitted.ladder.describe(fitted.rung)})", advised) from error

@@ -156,7 +156,8 @@ class _Layer:
             "everything_saveable": size * entry + _FLOAT * (2 * products + 2 * up + 3 * entry + attended + 3 * scores),
         }[remat])
         again = 0 if remat in ("none", "dots", "dots_no_batch", "everything_saveable") else products + attended
-        self.backward = int(size * (again + products + attended) + _FLOAT * (2 * up + 2 * entry + 3 * scores))
+        copies = 4 if platform == "cpu" else 3  # of the scores, forward and backward; others fuse more of what is done to them
+        self.backward = int(size * (again + products + attended) + _FLOAT * (2 * up + 2 * entry + copies * scores))
         self.forward = int(max(size * (qkv + attended + 2 * entry) + 2 * _FLOAT * scores, size * (2 * up + 2 * entry)))
 
 

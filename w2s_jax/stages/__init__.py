@@ -33,7 +33,14 @@ def run(config, workdir, **options) -> dict:
         from w2s_jax import forward
 
         forward.make_room()
-    return importlib.import_module(STAGES[name]).run(registry.fill(config), workdir, **options)
+    try:
+        return importlib.import_module(STAGES[name]).run(registry.fill(config), workdir, **options)
+    except (RuntimeError, MemoryError) as error:
+        from w2s_jax import ladder
+
+        if not ladder.is_exhausted(error):
+            raise
+        raise ladder.answer(error, f"the stage {name}", ladder.advice(config)) from error
 
 
 def prepare(config) -> dict:
