@@ -80,6 +80,10 @@ def device_memory() -> int:
     return size
 
 
+def _has_host_memory() -> bool:
+    return any(place.kind == train.HOST for place in jax.local_devices()[0].addressable_memories())
+
+
 # --------------------------------------------------------------------------- the rungs
 
 
@@ -202,12 +206,12 @@ class _Ladder:
         return self.corpus.plan(self.heaviest, [range(i, i + 1) for i in range(len(self.heaviest))], microbatches=microbatches, cells=cells,
                                 embed=self.model.config.embed)
 
-    def judge(self, rung: Rung, plan: packing.Plan, model=None, optimizer=None, kind: str | None = None) -> Memory:
+    def judge(self, rung: Rung, plan: packing.Plan, model=None, optimizer=None, kind: str | None = None, offload: str = "") -> Memory:
         """The estimate of the plan's fullest shape."""
         model = model or self.model
         found = [memory.estimate(model, rung.sizes, shape, slots=plan.slots, optimizer=optimizer or self.optimizer, train=kind or self.kind,
                                  microbatches=rung.microbatches, group=max(map(len, plan.dispatches)), remat=rung.remat,
-                                 platform=jax.default_backend()) for shape in plan.shapes]
+                                 offload=offload or self.config.offload, platform=jax.default_backend()) for shape in plan.shapes]
         return max(found, key=lambda m: m.peak)
 
     def describe(self, rung: Rung) -> str:
@@ -218,7 +222,8 @@ class _Ladder:
         """What else would fit, with the figures: other things to train, other optimizers and types, more devices."""
         found = []
         for keys in ({"train": "lora"}, {"optimizer": "adafactor"}, {"param_dtype": "bfloat16", "dtype": "bfloat16"},
-                     {"optimizer": "adafactor", "param_dtype": "bfloat16", "dtype": "bfloat16"}):
+                     {"optimizer": "adafactor", "param_dtype": "bfloat16", "dtype": "bfloat16"},
+                     *([{"offload": "optimizer"}] if _has_host_memory() else [])):
             config = self.config.copy_and_resolve_references()
             if all(config.get(key, value) == value for key, value in keys.items()) or "train" in keys and "lora" not in config:
                 continue
@@ -232,7 +237,7 @@ class _Ladder:
                     config.optimizer_args.update(dict.fromkeys(config.optimizer_args))
             with contextlib.suppress(UserError):
                 plan = self.rough_plan(rung.microbatches, rung.cells)
-                needs = self.judge(rung, plan, self.variant(config), self.make_optimizer(config), keys.get("train")).peak
+                needs = self.judge(rung, plan, self.variant(config), self.make_optimizer(config), keys.get("train"), config.offload).peak
                 if needs <= ROOM * self.limit:
                     found.append(f"{' '.join(f'{key}={value}' for key, value in keys.items())} ({show(needs)})")
         for factor in (2, 4, 8, 16, 32, 64):
@@ -276,6 +281,9 @@ def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarra
     Raises:
       UserError: nothing fits; says what would.
     """
+    if config.offload != "none" and not _has_host_memory():
+        raise UserError(f"config.offload: {config.offload!r}, but the devices here ({jax.devices()[0].device_kind}) have no pinned memory "
+                        "of the host; expected none")
     ladder = _Ladder(config, build, corpus, batches, loss, make_optimizer, kind)
     open_keys = [key for key, open_ in (("mesh", is_open(config.mesh)), ("microbatch_size", config.microbatch_size == "auto"),
                                         ("remat", config.remat == "auto")) if open_]
@@ -291,7 +299,7 @@ def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarra
         resolved = applied(config, rung, ladder.batch_size)
         model, mesh = build(resolved), mesh_lib.make_mesh(resolved.mesh)
         plan = feeding.make_plan(resolved, model, corpus, batches, mesh)
-        program = train.Program(model, loss, ladder.optimizer, mesh, kind)
+        program = train.Program(model, loss, ladder.optimizer, mesh, kind, config.offload)
         estimate = ladder.judge(rung, plan)
         if too_much(rung, estimate.peak):
             continue

@@ -86,7 +86,7 @@ def _shard_sizes(abstract, shardings) -> list[int]:
 
 
 def estimate(model, mesh: Mapping[str, int], shape: Shape, *, slots: int, optimizer=None, train: str = "full", microbatches: int = 1,
-             group: int = 1, remat: str | None = None, platform: str = "cpu") -> Memory:
+             group: int = 1, remat: str | None = None, offload: str = "none", platform: str = "cpu") -> Memory:
     """What a training step (or, without an `optimizer`, a forward pass) needs on one device.
 
     Args:
@@ -99,6 +99,7 @@ def estimate(model, mesh: Mapping[str, int], shape: Shape, *, slots: int, optimi
       microbatches: of a step.
       group: steps in one call of the device; their inputs lie there together.
       remat: a key of `models.backbone.REMAT`; None = the model's own.
+      offload: "optimizer": the optimizer's state is on the device during the update alone.
       platform: decides attention's implementation where the model leaves it open. On a CPU, XLA holds what is computed in bfloat16
         (activations and gradients, not what lies there between steps) as float32.
     """
@@ -123,6 +124,8 @@ def estimate(model, mesh: Mapping[str, int], shape: Shape, *, slots: int, optimi
     kept = layer.kept * model.config.layers if passed else 0
     # Rules of elements work in place; rules of whole tensors hold float32 copies of the largest one.
     update = 3 * max(whole) if OPTIMIZERS[optimizer.name].per_tensor else 0
+    if offload == "optimizer":
+        state, update = 0, update + state
     return Memory(parameters, state, inputs, gradients, kept, work + weights, head, update)
 
 
