@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -288,10 +289,13 @@ def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarra
     open_keys = [key for key, open_ in (("mesh", is_open(config.mesh)), ("microbatch_size", config.microbatch_size == "auto"),
                                         ("remat", config.remat == "auto")) if open_]
     compiled_sizes: dict[Rung, int] = {}
+    refused, low = math.inf, 1.0  # the least estimate of a rung that the compiler refused; how much too low its estimates were
 
     def too_much(rung: Rung, size: int) -> bool:
         """By an estimate, which may be too high: of the smallest rung only the compiler is believed, unless it is far off."""
-        return bool(open_keys) and size > ROOM * ladder.limit and (rung != ladder.smallest or size > FAR_OFF * ladder.limit)
+        if not open_keys or size < refused and size * low <= ROOM * ladder.limit:
+            return False
+        return rung != ladder.smallest or size * low > FAR_OFF * ladder.limit
 
     for rung in ladder.choices:
         if too_much(rung, ladder.estimate(rung).peak):
@@ -304,11 +308,12 @@ def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarra
         if too_much(rung, estimate.peak):
             continue
         figure = f"{show(estimate.peak)} of {show(ladder.limit)} a device"
-        if open_keys and estimate.peak > SURE * ladder.limit:
+        if open_keys and estimate.peak * low > SURE * ladder.limit:
             needs = compiled_sizes[rung] = _compiled_size(program, corpus, plan, ladder, rung, {} if stats is None else stats)
             figure = f"{show(needs)} of {show(ladder.limit)} a device, as compiled"
             if needs > COMPILED_ROOM * ladder.limit:
                 say(f"auto: {ladder.describe(rung)} needs {figure}: too much, next")
+                refused, low = min(refused, estimate.peak), max(low, needs / estimate.peak)
                 continue
         line = f"auto: {ladder.describe(rung)}: {figure}" if open_keys else ""
         return Fitted(resolved, model, mesh, plan, program, rung, estimate, ladder.limit, line, ladder)
