@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from w2s_jax import config as config_lib
 from w2s_jax import mesh as meshes
 from w2s_jax import optimizers
 from w2s_jax.errors import UserError
@@ -341,7 +343,7 @@ def quadratic(name: str, steps: int = 200, **args) -> tuple[list[float], dict, d
     @jax.jit
     def step(params, state, x):
         value, grads = jax.value_and_grad(loss)(params, x)
-        return value, *optimizer.update(grads, state, params, jnp.float32(0.02 if name != "lion" else 0.005))
+        return value, *optimizer.update(grads, state, params, jnp.float32(0.02))
     state, losses = optimizer.init(params), []
     for x in inputs:
         value, params, state = step(params, state, x)

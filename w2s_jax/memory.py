@@ -106,8 +106,7 @@ def estimate(model, mesh: Mapping[str, int], shape: Shape, *, slots: int, optimi
     grid = abstract_mesh(mesh)
     shardings, _ = mesh_lib.param_shardings(grid, model.abstract)
     parameters = sum(_shard_sizes(model.abstract, shardings))
-    one_token = 4 * 3 * _FLOAT  # tokens, segments, positions, and what the masks are made of
-    inputs = group * microbatches * (shape.rows * shape.time * one_token + 2 * slots * _FLOAT)
+    inputs = group * microbatches * _FLOAT * (3 * shape.rows * shape.time + 2 * slots)  # tokens, segments, positions; documents, last
     size = _FLOAT if platform == "cpu" else model.compute.dtype.itemsize  # of a number of an activation
     layer = _Layer(model, grid, shape, slots, remat or model.compute.remat, platform, size)
     passed = optimizer is not None and train != "head"  # whether gradients go through the layers
@@ -161,7 +160,7 @@ class _Layer:
         again = 0 if remat in ("none", "dots", "dots_no_batch", "everything_saveable") else products + attended
         copies = 4 if platform == "cpu" else 3  # of the scores, forward and backward; others fuse more of what is done to them
         self.backward = int(size * (again + products + attended) + _FLOAT * (2 * up + 2 * entry + copies * scores))
-        self.forward = int(max(size * (qkv + attended + 2 * entry) + 2 * _FLOAT * scores, size * (2 * up + 2 * entry)))
+        self.forward = int(max(size * (qkv + attended + 2 * entry) + (copies - 1) * _FLOAT * scores, size * (2 * up + 2 * entry)))
 
 
 def _gathered(model, grid, shardings, size: int) -> int:
