@@ -35,7 +35,7 @@ def calls(monkeypatch):
     made = []
     monkeypatch.setattr(stages, "run", lambda config, workdir, **options: made.append((config, workdir, options)) or {})
     monkeypatch.setattr(stages, "prepare", lambda config: {})
-    monkeypatch.setattr(entry, "setup_devices", lambda distributed: None)
+    monkeypatch.setattr(entry, "setup_devices", lambda: None)
     return made
 
 

@@ -1,8 +1,8 @@
 """Orbax checkpoints of a run: `params`, `opt_state` (with the loss's state), `rng` and `meta` as separate items.
 
 Saving is asynchronous; a save that is killed leaves a temporary folder and the last good step. Restoring
-takes the shardings of the caller's mesh, whatever mesh the checkpoint was written on. Labelling
-restores `params` alone.
+takes the shardings of the caller's mesh, whatever mesh or number of processes the checkpoint was written by. Labelling
+restores `params` alone. Of several processes all call everything here together: each writes and reads its own parts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from w2s_jax import distributed, interrupts
 from w2s_jax.errors import UserError
 from w2s_jax.files import is_object_store
 
@@ -25,7 +26,14 @@ FOLDER = "checkpoints"
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Ctrl-C waits for the end of the block, a second one does not: interrupted, Orbax's saving threads lose their event loops."""
+    """Ctrl-C and SIGTERM wait for the end of the block, a second Ctrl-C does not: interrupted, Orbax's saving threads lose their event
+    loops."""
+    with interrupts.deferred(), _without_ctrl_c():
+        yield
+
+
+@contextlib.contextmanager
+def _without_ctrl_c():
     usual = signal.getsignal(signal.SIGINT)
     if not callable(usual) or threading.current_thread() is not threading.main_thread():
         yield
@@ -68,7 +76,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Finished steps, newest first; an empty list where nothing was saved."""
-        return sorted(self.manager.all_steps(), reverse=True) if self._folder.exists() else []
+        if not distributed.once(self._folder.exists, "checkpoints"):
+            return []
+        manager = self.manager  # made by all processes together
+        return distributed.once(lambda: sorted(manager.all_steps(), reverse=True), "steps")
 
     @uninterrupted()
     def save(self, step: int, *, params, opt_state=None, rng=None, meta: dict) -> None:
@@ -94,14 +105,16 @@ class Checkpoints:
         items = {"params": ocp.args.StandardRestore(params)}
         if opt_state is not None:
             items["opt_state"] = ocp.args.StandardRestore(opt_state)
+        problem, cause = "", None
         try:
             found = self.manager.item_metadata(step)["params"]
             held = {jax.tree_util.keystr(p): (tuple(m.shape), str(m.dtype)) for p, m in
                     jax.tree_util.tree_flatten_with_path(found.tree if hasattr(found, "tree") else found)[0]}
             out = self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # orbax raises many kinds for a damaged checkpoint; all mean the same to the user
-            line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise UserError(f"checkpoint {self._folder / str(step)} cannot be read: {line}") from error
+            problem, cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200], error
+        if problem := next(filter(None, distributed.everywhere("restored", problem)), ""):
+            raise UserError(f"checkpoint {self._folder / str(step)} cannot be read: {problem}") from cause
         for path, want in jax.tree_util.tree_flatten_with_path(params)[0]:  # orbax casts dtypes in silence
             have = held.get(jax.tree_util.keystr(path))
             if have is not None and have != (tuple(want.shape), str(want.dtype)):
@@ -125,8 +138,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         self.close()
-        if self._folder.exists():
-            self._folder.rmtree()
+        distributed.once(lambda: self._folder.rmtree() if self._folder.exists() else None, "clear")
 
     @uninterrupted()
     def close(self) -> None:

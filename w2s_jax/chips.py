@@ -7,6 +7,11 @@ TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. GPUs: NVIDIA's data sheets of 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import math
+import re
+
+from w2s_jax.errors import UserError, nearest
 
 GIB = 2**30
 MIB = 2**20
@@ -84,3 +89,45 @@ def of_device(kind: str) -> Chip | None:
     """The chip that jax's `device_kind` names, or None: the one with the longest matching beginning."""
     found = [(len(start), chip.name) for chip in CHIPS.values() for start in chip.devices if kind.startswith(start)]
     return CHIPS[max(found)[1]] if found else None
+
+
+_EXAMPLES = {0: "8", 2: "4x4", 3: "4x4x4"}  # by dimensions of the torus
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips that work together: a slice of a TPU pod, "v5p:4x4x8" (chips along the axes of its torus), or GPUs, "h100:16"."""
+
+    chip: Chip
+    axes: tuple[int, ...]
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.axes)
+
+    def __str__(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.axes))}"
+
+
+def topology(text: str, key: str = "topology") -> Topology:
+    """What a topology's name means; `key` names it in errors.
+
+    Raises:
+      UserError: no such chip, or axes that it does not have.
+    """
+    name, _, size = text.partition(":")
+    known = f"expected one of {', '.join(f'{c.name}:{_EXAMPLES[c.axes]}' for c in CHIPS.values())}"
+    if name not in CHIPS:
+        raise UserError(f"config.{key}: {text!r} names no chip that is known; {known}{nearest(name, CHIPS)}")
+    chip = CHIPS[name]
+    if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * max(chip.axes - 1, 0), size):
+        what = f"{chip.axes} axes of its torus" if chip.axes else "a number of GPUs"
+        raise UserError(f"config.{key}: {text!r}, expected {what} behind the colon, as in {name}:{_EXAMPLES[chip.axes]}")
+    return Topology(chip, tuple(int(n) for n in size.split("x")))
+
+
+def check_compiler(topology: Topology) -> None:
+    """UserError where the compiler for a topology is not installed."""
+    if topology.chip.kind == "tpu" and importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"config.topology: {str(topology)!r} needs libtpu, the TPU's compiler, which is not installed: "
+                        "pip install 'w2s_jax[plan]'")

@@ -21,8 +21,6 @@ from __future__ import annotations
 import numpy as np
 
 from w2s_jax import forward, store, workload
-from w2s_jax import mesh as mesh_lib
-from w2s_jax.data import packing
 from w2s_jax.data.examples import Examples, text_sha
 from w2s_jax.errors import UserError
 
@@ -57,8 +55,8 @@ class Documents(store.Source):
 
     def orders(self) -> list[np.ndarray]:
         tokens, mesh = self.examples.tokens, self.loaded.mesh
-        self.batches = packing.forward_batches(tokens, cells=mesh_lib.cells(mesh), embed=self.width,
-                                               tokens_per_batch=workload.forward_tokens(self.config, tokens, mesh, self.loaded.model))
+        self.batches = forward.pack(tokens, mesh, embed=self.width,
+                                    tokens_per_batch=workload.forward_tokens(self.config, tokens, mesh, self.loaded.model))
         return [batch.documents[batch.documents >= 0] for batch in self.batches]
 
     def outputs(self, layers, start, stats, progress):

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from w2s_jax import distributed
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import packing
 from w2s_jax.errors import UserError
@@ -48,12 +49,18 @@ def make_room(maps: int | None = None) -> bool:
     there, limit = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
     if not there.exists() or not limit.exists():
         return False
-    if there.read_bytes().count(b"\n") <= (int(limit.read_text()) // 4 if maps is None else maps):
+    many = int(limit.read_text()) // 4 if maps is None else maps
+    if not any(distributed.everywhere("make_room", there.read_bytes().count(b"\n") > many)):  # all compile again, or none
         return False
     _compiled.clear()
     jax.clear_caches()
     gc.collect()
     return True
+
+
+def lower(function: Callable, params, arrays, **place) -> jax.stages.Lowered:
+    """The program of a forward pass, ready to be compiled; arrays, or their shapes with shardings."""
+    return jax.jit(function, **place).lower(params, arrays)
 
 
 def _compile(lowered):
@@ -74,10 +81,16 @@ def predict(model, params, tokens: Sequence[np.ndarray], mesh, *, tokens_per_bat
     Documents are packed once for speed, in any order; a pass compiles one or two programs. `extra`: further arrays
     `[documents, ...]` that `model.apply` asks for; its batch holds them as `[cells, slots, ...]`.
     """
-    batches = packing.forward_batches(tokens, cells=mesh_lib.cells(mesh), embed=model.config.embed, tokens_per_batch=tokens_per_batch)
-    for batch in batches:
-        batch.arrays.update({k: v[np.maximum(batch.documents, 0)] for k, v in (extra or {}).items()})  # an empty slot holds anything
+    batches = pack(tokens, mesh, embed=model.config.embed, tokens_per_batch=tokens_per_batch)
+    own = mesh_lib.own_cells(mesh)
+    for batch in batches:  # an empty slot holds anything
+        batch.arrays.update({k: v[np.maximum(batch.documents[own], 0)] for k, v in (extra or {}).items()})
     return forward(model, params, batches, len(tokens), mesh, stats=stats, progress=progress)
+
+
+def pack(tokens: Sequence[np.ndarray], mesh, **layout) -> list[packing.EvalBatch]:
+    """The batches of a set of documents, filled where this process's devices need them; see `packing.forward_batches`."""
+    return packing.forward_batches(tokens, mesh_lib.own_cells(mesh), cells=mesh_lib.cells(mesh), **layout)
 
 
 def passes(name, function: Callable, params, batches: Iterable, mesh, *, stats=None,
@@ -87,22 +100,22 @@ def passes(name, function: Callable, params, batches: Iterable, mesh, *, stats=N
     `name`: hashable, what the function is (its model included); equal names share compiled programs. `batches`: as
     `packing.EvalBatch`; they may be made as they are asked for.
     """
-    sharding = mesh_lib.batch_sharding(mesh)
+    # Each of several processes gets all of what comes out.
+    place = {} if distributed.processes() == 1 else {"out_shardings": mesh_lib.replicated(mesh)}
     waiting = collections.deque()
 
     def collect(keep: int):
         while len(waiting) > keep:
-            batch, useful, outputs = waiting.popleft()
+            batch, outputs = waiting.popleft()
             yield batch, np.asarray(outputs)
             if progress is not None:
-                progress.update(int((batch.documents >= 0).sum()), tokens=useful)
+                progress.update(int((batch.documents >= 0).sum()), tokens=batch.useful)
 
     for batch in batches:
-        arrays = {k: jax.device_put(v, sharding) for k, v in batch.arrays.items()}
+        arrays = {k: mesh_lib.put_cells(v, mesh, 0) for k, v in batch.arrays.items()}
         shapes = tuple((k, a.shape) for k, a in sorted(batch.arrays.items()) if k not in ("segments", "positions"))
-        call = compiled((name, mesh, shapes), lambda arrays=arrays: _compile(jax.jit(function).lower(params, arrays)), stats)
-        useful = int((batch.arrays["segments"] > 0).sum()) if "segments" in batch.arrays else 0
-        waiting.append((batch, useful, call(params, arrays)))
+        call = compiled((name, mesh, shapes), lambda arrays=arrays: _compile(lower(function, params, arrays, **place)), stats)
+        waiting.append((batch, call(params, arrays)))
         yield from collect(keep=2)
     yield from collect(keep=0)
 

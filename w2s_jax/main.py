@@ -4,13 +4,13 @@
     python -m w2s_jax.main --config=finetune --help
     python -m w2s_jax.main status runs/sweep
 
-Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 a defect of the program (a traceback), 130 interrupted.
+Exit codes: 0 done, 2 the user's mistake (one line on stderr), 1 a defect of the program (a traceback), 3 another process of the job is
+gone, 75 stopped by SIGTERM (the same command goes on), 130 interrupted.
 Nothing heavy is imported before the flags and the config are known to be good.
 """
 
 from __future__ import annotations
 
-import _thread
 import ast
 import hashlib
 import inspect
@@ -18,17 +18,16 @@ import io
 import os
 import platform
 import re
-import signal
 import sys
 import textwrap
-import threading
 import tokenize
+import traceback
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from w2s_jax import checks
+from w2s_jax import checks, distributed, interrupts, launchers
 from w2s_jax import config as configs
 from w2s_jax.errors import UserError, nearest
 
@@ -39,57 +38,43 @@ usage: w2s --config=NAME[:ARG] --workdir=DIR [--config.KEY=VALUE ...]     run a 
 FLAGS = {  # name: (kind, help)
     "workdir": (str, "the run's directory; the root for a sweep and a report (local or gs://)"),
     "rerun": (bool, "redo a run that is done"),
-    "dry_run": (bool, "sweep: print the graph of runs and stop"),
-    "distributed": (bool, "several processes: initialise jax.distributed"),
+    "dry_run": (bool, "check all that can be told without devices, print the graph of a sweep, and stop"),
+    "coordinator": (str, "several processes: host:port where process 0 is found; the launcher says it on SLURM, Open MPI and TPUs"),
+    "num_processes": (int, "several processes without such a launcher: how many"),
+    "process_id": (int, "several processes without such a launcher: which one this is, from 0"),
+    "join_seconds": (int, "several processes: how long to wait for the others (60)"),
+    "distributed": (bool, "several processes: refuse to run as one where nothing says who the others are"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line `argv` (without the program's name; None = sys.argv) and returns the exit code."""
+    """Runs the command line `argv` (without the program's name; None = sys.argv) and returns the exit code.
+
+    Where this is one of several processes, it only returns when all are done; an error ends them all.
+    """
     try:
-        return _main(sys.argv[1:] if argv is None else list(argv))
+        code = _main(sys.argv[1:] if argv is None else list(argv))
+        distributed.leave()
+        return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return distributed.end(2, f"error: {error}")
+    except interrupts.Stopped as stopped:
+        goes_on = str(stopped) or "the same command goes on where the last checkpoint was saved"
+        return distributed.end(interrupts.RESTARTABLE, f"stopped by SIGTERM; {goes_on}")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where the last checkpoint was saved", file=sys.stderr)
-        return 130
+        return distributed.end(130, "interrupted; the same command goes on where the last checkpoint was saved")
+    except Exception as error:
+        if distributed.processes() == 1:
+            raise
+        distributed.settle()
+        traceback.print_exc()
+        return distributed.end(1, f"error: {type(error).__name__}: {error}".split("\n")[0])
 
 
 def cli() -> None:
     """The command `w2s`."""
-    _keep_ctrl_c()
+    interrupts.install()
     sys.exit(main())
-
-
-def _keep_ctrl_c() -> None:
-    """No Ctrl-C gets lost or crashes: one that comes while an extension module loads, or where exceptions are dropped, is repeated soon.
-
-    jaxlib ends in a segmentation fault where its loading is interrupted, and jax has a callback of the garbage collector.
-    """
-    dropped = sys.unraisablehook
-
-    def later():
-        timer = threading.Timer(0.05, _thread.interrupt_main)
-        timer.daemon = True
-        timer.start()
-
-    def handler(number, frame):
-        at = frame
-        while at is not None and not at.f_code.co_qualname.startswith("ExtensionFileLoader."):
-            at = at.f_back
-        if at is None:
-            signal.default_int_handler(number, frame)
-        later()
-
-    def hook(unraisable):
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            later()
-        else:
-            dropped(unraisable)
-
-    signal.signal(signal.SIGINT, handler)
-    sys.unraisablehook = hook
 
 
 def _main(argv: list[str]) -> int:
@@ -106,18 +91,38 @@ def _main(argv: list[str]) -> int:
     config, values = parse(argv, spec)
     if not values["workdir"]:
         raise UserError("--workdir: is missing; expected the directory that the run is written to")
-    if values["dry_run"] and config.get("stage") != "sweep":
-        raise UserError(f"--dry_run: is for the stage 'sweep', not for {config.get('stage')!r}")
     workdir = _workdir(values["workdir"])
+    if (job := launchers.detect(values)) is not None:
+        about = _about([f"--config={':'.join(filter(None, spec))}", *argv])
+        distributed.join(job, about, values["join_seconds"] or distributed.START_SECONDS)
+    if spec[0].endswith(".json"):
+        from w2s_jax import schedule
+
+        schedule.check_needs(spec[0])
     checks.check(config)
 
+    if config.stage == "plan":  # it computes nothing itself, and must not take the devices of somebody who does
+        os.environ["JAX_PLATFORMS"] = "cpu"
     from w2s_jax import stages
 
+    stages.check_processes(config.stage)
     options = {name: True for name in ("rerun", "dry_run") if values[name]} | stages.prepare(config)
-    if config.stage not in ("report", "ensemble"):  # these read files only
-        setup_devices(values["distributed"])
+    if values["dry_run"] and config.stage != "sweep":
+        return 0
+    if config.stage not in stages.FILES_ONLY and config.get("executor", "here") == "here":  # other executors start processes only
+        setup_devices()
     stages.run(config, workdir, **options)
     return 0
+
+
+def _about(argv: list[str]) -> dict[str, str]:
+    """What must be the same in all processes of a job."""
+    from w2s_jax import runlog
+
+    own = re.compile(r"--?(process_id|coordinator)(=|$)")
+    rest = [word for before, word in zip(["", *argv], argv) if not own.match(word) and not (own.match(before) and "=" not in before)]
+    return {"the flags": " ".join(rest), "the commit": str(runlog.commit()),
+            "the versions": " ".join(f"{name}={version}" for name, version in runlog.versions().items())}
 
 
 def _workdir(text: str) -> str:
@@ -161,6 +166,8 @@ def _take_config(argv: list[str]) -> tuple[list[str], tuple[str, str | None] | N
         raise UserError(f"--config: is given {len(found)} times ({', '.join(found)}), expected once")
     if not found:
         return rest, None
+    if found[0].endswith(".json"):  # a recorded config takes no argument, and its path may hold a colon
+        return rest, (found[0], None)
     name, colon, arg = found[0].partition(":")
     if not name:
         raise UserError(f"--config={found[0]}: is empty, expected one of {', '.join(configs.names())}, or a file")
@@ -188,6 +195,8 @@ def parse(argv: list[str], spec: tuple[str, str | None]) -> tuple[ConfigDict, di
     for name, (kind, text) in FLAGS.items():
         if kind is bool:
             flags.DEFINE_bool(name, False, text, flag_values=values)
+        elif kind is int:
+            flags.DEFINE_integer(name, None, text, lower_bound=0, flag_values=values)
         else:
             flags.DEFINE_string(name, None, text, flag_values=values)
     try:
@@ -262,8 +271,8 @@ def _flag_message(error: Exception, config: ConfigDict) -> str:
     if match := re.match(r"flag --(no)?config\.([^=]+)=(.*?): ", text):
         if match[2] in known:
             return f"--config.{match[2]}={match[3]}: expected {configs.describe(configs.key_type(config, match[2]))}"
-    elif (match := re.match(r"flag --(\w+)=(.*?): ", text)) and FLAGS.get(match[1], (None,))[0] is bool:
-        return f"--{match[1]}={match[2]}: expected true or false"
+    elif (match := re.match(r"flag --(\w+)=(.*?): ", text)) and (kind := FLAGS.get(match[1], (None,))[0]) in (bool, int):
+        return f"--{match[1]}={match[2]}: expected {'true or false' if kind is bool else 'an integer of 0 or more'}"
     return text.replace("flag --", "--", 1)
 
 
@@ -277,6 +286,8 @@ def help_text(spec: tuple[str, str | None] | None) -> str:
         described = [(name, _docstring(configs.find(name)).split("\n")[0]) for name in configs.names()]
         return "\n".join([*lines, "", "configs (add --help to one to see its keys):", *_table(described)])
     file, config = configs.find(spec[0]), configs.load(*spec)
+    if file.suffix == ".json":
+        file = configs.folder() / f"{config.stage}.py"
     own, headings = _comments(file)
     sources = {"": config.get("stage")}  # a preset comments on what it changes, its stage on all keys; a sweep holds whole configs
     sources |= {f"{key}.": config[key].stage for key in config if isinstance(config[key], ConfigDict) and "stage" in config[key]}
@@ -366,8 +377,8 @@ def cache_folder() -> Path:
     return Path(root).expanduser() / "w2s_jax" / f"xla-{key}"
 
 
-def setup_devices(distributed: bool = False) -> None:
-    """Imports jax, turns the persistent compilation cache on and, where asked, joins the other processes."""
+def setup_devices() -> None:
+    """Imports jax, turns the persistent compilation cache on and joins the devices of the job's other processes."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -379,28 +390,16 @@ def setup_devices(distributed: bool = False) -> None:
         else:
             jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    if distributed:
-        try:
-            jax.distributed.initialize(initialization_timeout=60)
-        except (ValueError, RuntimeError) as error:  # no coordinator is named, or none answers
-            raise UserError(f"--distributed: {error}") from error
+    distributed.initialize_jax()
 
 
 def status(argv: list[str]) -> int:
-    """`w2s status ROOT`: a line per run under ROOT, and how many are done, running, stopped, failed and waiting."""
+    """`w2s status ROOT`: a line per run under ROOT, and how many are done, running, queued, stopped, failed and waiting."""
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError(f"status: expected one directory, got {' '.join(argv) or 'none'}")
-    from w2s_jax import runlog
+    from w2s_jax import status as found
 
-    root = argv[0]
-    found = dict(runlog.runs(root))
-    for path in runlog.planned(root):
-        found.setdefault(path, "waiting")
-    for path, state in sorted(found.items(), key=lambda item: str(item[0])):
-        detail = f"  {runlog.read_json(path / 'error.json').get('error', '')}" if state == "failed" else ""
-        print(f"{state:8} {path}{' '.join(detail.splitlines())}")
-    counts = {state: list(found.values()).count(state) for state in ("done", "running", "stopped", "failed", "waiting")}
-    print(", ".join(f"{number} {state}" for state, number in counts.items() if number) or f"no runs under {root}")
+    print("\n".join(found.lines(argv[0])))
     return 0
 
 

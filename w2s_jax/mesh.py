@@ -8,11 +8,10 @@ replicas, `fsdp` splits parameters and batch, `model` splits tensors. One device
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -65,8 +64,14 @@ def make_mesh(shape, devices=None) -> Mesh:
         sizes[free[0]] = max(len(devices) // known, 1)
     if int(np.prod(sizes)) > len(devices) or (free and len(devices) % known):
         raise UserError(f"mesh: {asked} does not fit the {len(devices)} devices here")
-    used = np.asarray(devices[: int(np.prod(sizes))]).reshape(sizes)
-    return Mesh(used, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    used = devices[: int(np.prod(sizes))]
+    if idle := {d.process_index for d in devices} - {d.process_index for d in used}:
+        raise UserError(f"mesh: {asked} leaves process {min(idle)} of {jax.process_count()} without a device; expected all {len(devices)}")
+    if used[0].platform == "tpu" and len(used) > 1:  # neighbours in the torus are neighbours along an axis
+        grid = mesh_utils.create_device_mesh(sizes, used, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(used).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def cells(mesh: Mesh) -> int:
@@ -83,77 +88,49 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*([None] * axis), BATCH))
 
 
-def axis_sizes(x: jax.Array) -> dict[str, int]:
-    """Sizes of the mesh's axes where `x` [rows, ...] lies on several devices that rows divide over, else {}: inside a program that
-    knows no mesh, or on one device, there is nothing to say."""
-    mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty or mesh.size == 1 or not mesh.are_all_axes_auto or not set(AXES) <= set(mesh.shape):
-        return {}
-    return {} if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) else dict(mesh.shape)
+def own_cells(mesh: Mesh) -> np.ndarray:
+    """The cells of a batch that this process's devices hold, ascending, int `[own]`."""
+    here = [d.process_index == jax.process_index() for d in mesh.devices.reshape(-1)]
+    return np.flatnonzero(np.asarray(here).reshape(cells(mesh), -1).any(axis=1))
 
 
-def spread(x: jax.Array, model: int | None = None) -> jax.Array:
-    """`x` [rows, ...] inside a program: rows over data x fsdp as the batch lies, dimension `model` over that axis where it divides,
-    everything else whole.
+def put(value, sharding):
+    """An array, or a tree of them, from the host onto devices; each process has the whole value and places its parts.
 
-    Told nothing, the compiler takes the axis of `fsdp` for one of features as soon as it meets a parameter that is split over it: it
-    gathers the rows and adds up partial products, tensor parallelism over every device.
+    `sharding`: one for all, or a tree of them.
     """
-    sizes = axis_sizes(x)
-    if not sizes:
-        return x
-    spec = [BATCH] + [None] * (x.ndim - 1)
-    if model is not None and x.shape[model] % sizes["model"] == 0:
-        spec[model] = "model"
-    return jax.lax.with_sharding_constraint(x, NamedSharding(jax.typeof(x).sharding.mesh, P(*spec)))
+    if isinstance(sharding, jax.sharding.Sharding):
+        one = sharding
+        sharding = jax.tree.map(lambda _: one, value)
+
+    def place(leaf, sharding):
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+    return jax.tree.map(place, value, sharding)
 
 
-def gathered(parameter: jax.Array, rows: jax.Array, model: int) -> jax.Array:
-    """A parameter inside a program, whole but for dimension `model`, which lies over that axis where it divides. `rows`: an array of
-    the batch, which knows the mesh."""
-    sizes = axis_sizes(rows)
-    if not sizes:
-        return parameter
-    spec: list[str | None] = [None] * parameter.ndim
-    if parameter.shape[model] % sizes["model"] == 0:
-        spec[model] = "model"
-    return jax.lax.with_sharding_constraint(parameter, NamedSharding(jax.typeof(rows).sharding.mesh, P(*spec)))
+def put_cells(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
+    """A batch's array on the devices, of which this process has the cells `own_cells` along `axis`."""
+    sharding = batch_sharding(mesh, axis)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    count, own = cells(mesh), own_cells(mesh)
+
+    def part(index):
+        at = range(*index[axis].indices(count))
+        return array[(*index[:axis], slice(int(np.searchsorted(own, at.start)), int(np.searchsorted(own, at.stop))), *index[axis + 1:])]
+    return jax.make_array_from_callback((*array.shape[:axis], count, *array.shape[axis + 1:]), sharding, part)
 
 
-def take_rows(table: jax.Array, ids: jax.Array, path: str, fill: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
-    """`fill(table, ids)`, rows of a `table` [entries, embed] whose parameter has this `path`: [rows, time, embed] of ids [rows, time].
-
-    On a mesh the table stays where it lies: the ids of an fsdp group come together (integers, cheap), every device reads its own
-    columns of its own entries, and columns are exchanged for rows. Left to itself the compiler gathers the table.
-    `fill` gives NaN for an id outside of the table that it is shown.
-    """
-    sizes = axis_sizes(ids)
-    if not sizes:
-        return fill(table, ids)
-    mesh = jax.typeof(ids).sharding.mesh
-    used = lambda axes: tuple(a for a in (axes if isinstance(axes, tuple) else (axes,)) if a and sizes[a] > 1)  # noqa: E731
-    entries, split = (used(axes) for axes in (*spec(path, table.shape, mesh)[0], None, None)[:2])
-
-    def local(table, ids):
-        if "fsdp" in split:
-            ids = jax.lax.all_gather(ids, "fsdp", tiled=True)
-        if "model" in entries:
-            own = ids - jax.lax.axis_index("model") * table.shape[0]
-            known = (ids >= 0) & (ids < table.shape[0] * sizes["model"])
-            mine = (own >= 0) & (own < table.shape[0]) | ~known
-            x = fill(table, jnp.where(known, jnp.clip(own, 0, table.shape[0] - 1), table.shape[0]))
-            x = jax.lax.psum(jnp.where(mine[..., None], x, 0), "model")
-        else:
-            x = fill(table, ids)
-        if "model" in split:
-            x = jax.lax.all_gather(x, "model", axis=2, tiled=True)
-        if "fsdp" in split:
-            x = jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True)
-        return x
-
-    # What is gathered over an axis is the same along it, which the check cannot know.
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(entries, split), P(BATCH)), out_specs=P(BATCH),
-                         check_vma="model" not in split)(table, ids)
+def fetch(tree):
+    """Arrays from the devices as a whole, in every process, numpy; all processes must ask together for what they share."""
+    def get(leaf):
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return jax.tree.map(get, tree)
 
 
 def paths(tree) -> list[tuple[str, object]]:

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import metrics, runlog
+from w2s_jax import distributed, metrics, runlog
 from w2s_jax.data import labels as labels_lib
 from w2s_jax.data.examples import Examples
 from w2s_jax.errors import UserError
@@ -50,6 +50,8 @@ def evaluate(logits: np.ndarray, examples: Examples) -> dict:
 
 def write_predictions(run, split: str, examples: Examples, logits: np.ndarray | None = None, **columns) -> None:
     """`predictions/<split>.parquet` of a run; `columns` as `labels.write_predictions` takes them."""
+    if not run.writes:
+        return
     folder = epath.Path(run.path) / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
     labels_lib.write_predictions(folder / f"{split}.parquet", examples, logits, **columns)
@@ -76,7 +78,7 @@ def finished(workdir, config, ident: dict, rerun: bool, summary=summary) -> dict
 
     `summary(results)`: what the printed line says of them.
     """
-    if not (epath.Path(workdir) / "config.json").exists():
+    if not distributed.once((epath.Path(workdir) / "config.json").exists, "finished"):
         return None
     with runlog.Run.open(workdir, config, ident) as held:
         if held.results is None or rerun:

@@ -1,4 +1,4 @@
-"""What a waiting user sees on stderr: one line, or a progress bar."""
+"""What a waiting user sees on stderr: one line, or a progress bar. Of several processes, process 0 shows it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import sys
 import time
 from collections.abc import Sequence
 
+from w2s_jax import distributed
+
 
 def say(text: str) -> None:
     """Prints one line on stderr, above a progress bar if there is one."""
+    if not distributed.is_main():
+        return
     from tqdm import tqdm
 
     tqdm.write(str(text), file=sys.stderr)
     sys.stderr.flush()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(int(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -41,7 +46,8 @@ class Progress:
         self._values: dict = {}
         self._bar = None
         self._dirty = False
-        if sys.stderr.isatty():
+        self._shown = distributed.is_main()
+        if self._shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]" if weights else None  # tqdm knows no weights
@@ -81,15 +87,17 @@ class Progress:
             done, rest = sum(self.weights[at:self.count]), sum(self.weights[self.count:])
         else:
             done, rest = self.count - at, self.total - self.count
-        return f"{_clock((now - start) * rest / done)} left" if done else ""
+        return f"{clock((now - start) * rest / done)} left" if done else ""
 
     def _line(self, now: float) -> None:
+        if not self._shown:
+            return
         parts = [f"{self.label or self.unit} {self.count}/{self.total}"]
         if text := self._text():
             parts.append(text)
         if left := self._left(now):
             parts.append(left)
-        parts.append(f"{_clock(now - self._begin)} passed")
+        parts.append(f"{clock(now - self._begin)} passed")
         print(", ".join(parts), file=sys.stderr, flush=True)
         self._said, self._dirty = now, False
 

@@ -6,6 +6,7 @@
     error.json      why the last attempt failed
     .lock, .owner   the claim of the process that writes it now
 
+Of several processes that make one run, process 0 claims and writes; what it finds there, the others hear from it.
 Paths are local or `gs://` (etils.epath).
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from etils import epath
 
+from w2s_jax import distributed
 from w2s_jax.claim import Claim, held
 from w2s_jax.errors import UserError
 from w2s_jax.files import dumps, is_object_store, parquet_table, plain, read_json, write_json, write_text
@@ -37,7 +39,7 @@ __all__ = [
 
 PACKAGES = ("w2s_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "datasets", "tokenizers")
 # What --rerun removes, in this order.
-OWNED = ("results.json", "error.json", "metrics.jsonl", "metrics", "predictions", "checkpoints", "best", "tensorboard")
+OWNED = ("results.json", "error.json", "metrics.jsonl", "metrics", "predictions", "checkpoints", "best", "tensorboard", "points")
 FLUSH_SECONDS = 1.0
 
 
@@ -107,8 +109,40 @@ def _check_ours(path: epath.Path) -> None:
         raise UserError(f"--workdir={path}: holds {stray[0]} but no config.json, so it is no run of this program; choose another")
 
 
+def _claimed(path: epath.Path, wait: bool) -> Claim:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--workdir={path}: is a file, expected a directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={path}: cannot be made: {error.strerror or error}") from error
+    _check_ours(path)  # before the claim, which leaves a file
+    return Claim(path, wait)
+
+
+def _content(path: epath.Path, identity: dict, rerun: bool) -> dict:
+    """`previous` and `results` of a directory that is claimed. UserError where it holds another run."""
+    previous = read_json(path / "config.json") if (path / "config.json").exists() else None
+    if previous and (changed := differences(previous.get("identity") or {}, identity)):
+        changed = [line for line in changed if line.startswith("stage: ")] or changed  # another stage differs in everything
+        shown = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
+        raise UserError(f"--workdir={path}: holds another run, which differs in {shown}; choose another directory")
+    for name in OWNED if rerun else ():
+        _remove(path / name)
+    return {"previous": previous, "results": read_json(path / "results.json") if (path / "results.json").exists() else None}
+
+
+def _remove(target: epath.Path) -> None:
+    if target.is_dir():
+        target.rmtree()
+    else:
+        target.unlink(missing_ok=True)
+
+
 class Run:
     """A claimed run directory. Use it as a context manager: an exception is recorded in error.json and the claim given back.
+
+    Of several processes all open it, and call its methods together; those but process 0 write nothing.
 
     Attributes:
         path: the directory (epath.Path).
@@ -116,6 +150,7 @@ class Run:
         previous: config.json of an earlier start of this run, or None.
         done: True if results.json is there.
         results: its content, or None.
+        writes: whether this process does.
     """
 
     @classmethod
@@ -125,54 +160,47 @@ class Run:
         Args:
             workdir: the directory, local or gs://.
             config: the resolved config, written by `start`.
-            identity: JSON object; an existing run must have the same.
+            identity: JSON object; an existing run must have the same, and all processes too.
             rerun: remove the results, metrics, predictions and checkpoints of the same run that are there.
             wait: wait while another process writes the directory, instead of refusing.
 
         Raises:
-            UserError: another process writes it; it holds another run (the message names the keys that differ) or something else.
+            UserError: another process writes it; it holds another run (the message names the keys that differ) or something else; the
+                processes of this job read different input.
         """
-        path = epath.Path(workdir).expanduser()
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--workdir={workdir}: is a file, expected a directory")
+        path, identity, claims = epath.Path(workdir).expanduser(), plain(identity), []
+
+        def claim() -> dict:
+            claims.append(_claimed(path, wait))
+            try:
+                return _content(path, identity, rerun) | {"identity": identity}
+            except BaseException:
+                claims.pop().release()
+                raise
+
+        found = distributed.once(claim, "open")
         try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--workdir={workdir}: cannot be made: {error.strerror or error}") from error
-        _check_ours(path)  # before the claim, which leaves a file
-        claim = Claim(path, wait)
-        try:
-            return cls(path, config, plain(identity), claim, rerun)
+            differ = "; ".join(differences(found["identity"], identity)[:8])
+            for process, line in enumerate(distributed.everywhere("identity", differ)):
+                if line:
+                    raise UserError(f"process {process} of this job reads other input than process 0: {line}; expected the same files")
+            return cls(path, config, identity, claims[0] if claims else None, found["previous"], found["results"])
         except BaseException:
-            claim.release()
+            for held_ in claims:
+                held_.release()
             raise
 
-    def __init__(self, path: epath.Path, config, identity: dict, claim: Claim, rerun: bool):
+    def __init__(self, path: epath.Path, config, identity: dict, claim: Claim | None, previous: dict | None, results: dict | None):
         self.path, self.config, self.identity, self._claim = path, config, identity, claim
+        self.previous, self.results, self.writes = previous, results, claim is not None
         self._lines: list[str] = []
         self._flushed = time.monotonic()
         self._file = None  # metrics.jsonl, open for appending
         self._logger: Logger | None = None
-        self.previous = read_json(path / "config.json") if (path / "config.json").exists() else None
-        if self.previous and (changed := differences(self.previous.get("identity") or {}, identity)):
-            changed = [line for line in changed if line.startswith("stage: ")] or changed  # another stage differs in everything
-            shown = "; ".join(changed[:8]) + (f"; and {len(changed) - 8} more" if len(changed) > 8 else "")
-            raise UserError(f"--workdir={path}: holds another run, which differs in {shown}; choose another directory")
-        if rerun:
-            for name in OWNED:
-                self._remove(name)
-        self.results = read_json(path / "results.json") if (path / "results.json").exists() else None
 
     @property
     def done(self) -> bool:
         return self.results is not None
-
-    def _remove(self, name: str) -> None:
-        target = self.path / name
-        if target.is_dir():
-            target.rmtree()
-        else:
-            target.unlink(missing_ok=True)
 
     def start(self, extra: dict | None = None) -> None:
         """Writes config.json: the resolved config, the identity, versions, commit, devices and the keys of `extra`.
@@ -185,15 +213,21 @@ class Run:
         clash = {*record, "starts"} & {*(extra or {})}
         assert not clash, f"start() writes {clash} itself"
         record |= {**(extra or {}), "starts": [*((self.previous or {}).get("starts") or []), start]}
-        self._remove("error.json")
-        write_json(self.path / "config.json", record)
-        self._logger = Logger(record["config"].get("logger") or "none", self.path, record["config"])
+
+        def write() -> None:
+            _remove(self.path / "error.json")
+            write_json(self.path / "config.json", record)
+            self._logger = Logger(record["config"].get("logger") or "none", self.path, record["config"])
+
+        distributed.once(write, "start")
 
     # metrics
 
     def metrics(self, row: dict) -> None:
         """Appends one line; `row` holds at least `step`. Lines reach the disk each second, and at `flush`."""
         assert "step" in row, "a line of metrics has a step"
+        if not self.writes:
+            return
         self._lines.append(dumps(row) + "\n")
         if self._logger is not None:
             self._logger.log(row)
@@ -225,12 +259,14 @@ class Run:
         Call it before the first `metrics` of an attempt, with 0 where there is no checkpoint.
         """
         assert not self._lines and self._file is None, "resume_metrics comes before the first metrics"
+        if not self.writes:
+            return []
         kept = [(line, row) for line, row in _metric_lines(self.path) if row["step"] < step]
         text = "".join(line for line, _ in kept)
         if not is_object_store(self.path):
             write_text(self.path / "metrics.jsonl", text)
         else:
-            self._remove("metrics")
+            _remove(self.path / "metrics")
             self._part = -1
             if text:
                 (self.path / "metrics").mkdir(parents=True, exist_ok=True)
@@ -241,13 +277,18 @@ class Run:
 
     def finish(self, results: dict) -> None:
         """Writes results.json, the last file of a run: from now on it is done."""
-        self.flush()
-        self._remove("error.json")
-        write_json(self.path / "results.json", results)
+        def write() -> None:
+            self.flush()
+            _remove(self.path / "error.json")
+            write_json(self.path / "results.json", results)
+
+        distributed.once(write, "finish")
         self.results = plain(results)
 
     def fail(self, error: BaseException) -> None:
         """Writes error.json: what stopped this attempt. The run stays resumable."""
+        if not self.writes:
+            return
         try:
             self.flush()
             record = {"error": f"{type(error).__name__}: {error}", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -267,13 +308,16 @@ class Run:
             if self._logger is not None:
                 self._logger.close()
                 self._logger = None
-            self._claim.release()
+            if self._claim is not None:
+                self._claim.release()
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, Exception):  # Ctrl-C is no failure: the run is stopped
+            if not isinstance(error, UserError):
+                distributed.settle()
             self.fail(error)
         self.close()
 
@@ -355,6 +399,20 @@ def load_done(run_dir, stage: str) -> LoadedRun:
     if source.results is None:
         raise UserError(f"run={run_dir}: has no results.json yet, expected a finished run")
     return source
+
+
+def clear(path) -> None:
+    """Removes what a run has made, as `rerun` does; nothing where there is no run. UserError where another process writes it."""
+    path = epath.Path(path)
+    if not (path / "config.json").exists():
+        return
+    _check_ours(path)
+    claim = Claim(path, wait=False)
+    try:
+        for name in OWNED:
+            _remove(path / name)
+    finally:
+        claim.release()
 
 
 def state(path) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import checkpoint as ckpt
-from w2s_jax import metrics
+from w2s_jax import distributed, metrics
 
 FOLDER = "best"  # inside a run directory, while the run goes on
 
@@ -72,5 +72,4 @@ class Best:
 def clear(run_path) -> None:
     """Removes what a finished run needs no longer."""
     folder = epath.Path(run_path) / FOLDER
-    if folder.exists():
-        folder.rmtree()
+    distributed.once(lambda: folder.rmtree() if folder.exists() else None, "clear")

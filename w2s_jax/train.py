@@ -15,11 +15,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from w2s_jax import checkpoint as ckpt
-from w2s_jax import losses, optimizers, selection
+from w2s_jax import distributed, interrupts, losses, optimizers, selection
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import packing
 from w2s_jax.errors import UserError
@@ -28,6 +26,7 @@ from w2s_jax.forward import compiled
 from w2s_jax.progress import Progress, say
 from w2s_jax.trainable import merge_params, split_params
 
+CELLS = 2  # axis of the cells in the arrays of a dispatch: [group, microbatches, cells, ...]
 HOST = "pinned_host"  # the kind of memory that offloaded state lies in
 
 
@@ -148,47 +147,62 @@ def _dispatch(program: Program, trainable, opt_state, loss_state, frozen, key, n
     return jax.lax.fori_loop(0, n, body, (trainable, opt_state, loss_state, jnp.zeros((group, 2), jnp.float32)))
 
 
+def lower(program: Program, *args) -> jax.stages.Lowered:
+    """The program of a dispatch, ready to be compiled; `args` as `_dispatch` takes them, arrays or their shapes with shardings."""
+    s = program.shardings()
+    none = mesh_lib.replicated(program.mesh)
+    call = jax.jit(functools.partial(_dispatch, program), donate_argnums=(0, 1, 2),
+                   out_shardings=(s["trainable"], s["opt_state"], none, none))
+    return call.lower(*args)
+
+
+def abstract_arguments(program: Program, xs: dict) -> tuple:
+    """Shapes with shardings of all that `_dispatch` takes: what a run would hold, for compiling ahead of it.
+
+    `xs`: the arrays of a dispatch, as `stack_inputs` gives them.
+    """
+    def shapes(tree, shardings):
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+
+    s, none = program.shardings(), mesh_lib.replicated(program.mesh)
+    everywhere = lambda tree: shapes(tree, jax.tree.map(lambda _: none, tree))  # noqa: E731
+    cells = mesh_lib.batch_sharding(program.mesh, CELLS)
+    batch = lambda tree: shapes(tree, jax.tree.map(lambda _: cells, tree))  # noqa: E731
+    trainable, frozen = split_params(program.model.abstract, program.train)
+    state = jax.eval_shape(program.optimizer.init, trainable)
+    return (shapes(trainable, s["trainable"]), shapes(state, s["opt_state"]), everywhere(jax.eval_shape(program.loss.init_state)),
+            shapes(frozen, s["frozen"]), everywhere(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))),
+            everywhere(jax.ShapeDtypeStruct((), jnp.int32)), {k: batch(v) if k == "batch" else everywhere(v) for k, v in xs.items()})
+
+
 def _compile(program: Program, stats: dict, *args):
     """The program for arguments of these shapes, which may be abstract."""
     signature = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(args[-1]))
+    return compiled((program, signature), lambda: lower(program, *args).compile(), stats)
 
-    def make():
-        s = program.shardings()
-        none = mesh_lib.replicated(program.mesh)
-        call = jax.jit(functools.partial(_dispatch, program), donate_argnums=(0, 1, 2),
-                       out_shardings=(s["trainable"], s["opt_state"], none, none))
-        return call.lower(*args).compile()
-    return compiled((program, signature), make, stats)
+
+def compile_ahead(program: Program, corpus: Corpus, plan: packing.Plan, which: int, stats: dict):
+    """The compiled program of the dispatches of shape `which`, before any parameter is read. The run then finds it made."""
+    dispatch = next(d for d, shape in zip(plan.dispatches, plan.shape_of) if shape == which)
+    no_rates = np.zeros(len(plan.batches))
+    xs = stack_inputs(plan, dispatch, plan.shapes[which], max(map(len, plan.dispatches)), corpus, no_rates, no_rates)
+    return _compile(program, stats, *abstract_arguments(program, xs))
 
 
 def _run_dispatch(program: Program, stats: dict, *args):
     return _compile(program, stats, *args)(*args)
 
 
-def compile_ahead(program: Program, corpus: Corpus, plan: packing.Plan, which: int, stats: dict):
-    """The compiled program of the dispatches of shape `which`, from shapes alone: no parameter need be read yet. The run finds it made."""
-    places, none = program.shardings(), mesh_lib.replicated(program.mesh)
-    trainable, frozen = split_params(program.model.abstract, program.train)
-    whole = functools.partial(jax.tree.map, lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=none))
-    dispatch = next(d for d, shape in zip(plan.dispatches, plan.shape_of) if shape == which)
-    no_rates = np.zeros(len(plan.batches))
-    xs = _inputs(plan, dispatch, plan.shapes[which], max(map(len, plan.dispatches)), corpus, no_rates, no_rates, program.mesh)
-    return _compile(
-        program, stats, ckpt.abstract(trainable, places["trainable"]),
-        ckpt.abstract(jax.eval_shape(program.optimizer.init, trainable), places["opt_state"]),
-        whole(jax.eval_shape(program.loss.init_state)), ckpt.abstract(frozen, places["frozen"]),
-        whole(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))), whole(jax.ShapeDtypeStruct((), np.int32)), xs)
-
-
 # --------------------------------------------------------------------------- the run
 
 
-def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: int, corpus: Corpus, rates, coefficients, mesh) -> dict:
-    """The arrays of one dispatch on the devices, with room for `group` steps."""
+def stack_inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: int, corpus: Corpus, rates, coefficients,
+                 own=None) -> dict:
+    """The arrays of one dispatch, with room for `group` steps; of the batches the cells `own`, None = all."""
     rows = []
     for s in dispatch:
         docs = plan.batches[s]
-        batch, where = corpus.assemble(docs, plan, shape)
+        batch, where = corpus.assemble(docs, plan, shape, own)
         pad = plan.batch_size - len(docs)
         rows.append({
             "batch": batch, "where": where,
@@ -198,16 +212,20 @@ def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: in
             "lr": np.float32(rates[s]), "coefficient": np.float32(coefficients[s]), "step": np.int32(s),
         })
     rows += [rows[-1]] * (group - len(rows))
-    stacked = jax.tree.map(lambda *a: np.stack(a), *rows)
-    packed = NamedSharding(mesh, P(None, None, mesh_lib.BATCH))
-    none = mesh_lib.replicated(mesh)
-    batch = {k: jax.device_put(v, packed) for k, v in stacked.pop("batch").items()}
-    return jax.device_put(stacked, none) | {"batch": batch}
+    return jax.tree.map(lambda *a: np.stack(a), *rows)
 
 
+def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: int, corpus: Corpus, rates, coefficients, mesh) -> dict:
+    """The arrays of one dispatch on the devices, each process making its own cells; see `stack_inputs`."""
+    xs = stack_inputs(plan, dispatch, shape, group, corpus, rates, coefficients, mesh_lib.own_cells(mesh))
+    batch = {k: mesh_lib.put_cells(v, mesh, CELLS) for k, v in xs.pop("batch").items()}
+    return mesh_lib.put(xs, mesh_lib.replicated(mesh)) | {"batch": batch}
+
+
+@interrupts.deferred()
 def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.Plan, rates: np.ndarray, run, *,
           on_eval: Callable | None = None, label: str = "train", stats: dict | None = None) -> dict:
-    """Train, from the newest checkpoint of the run where there is one.
+    """Train, from the newest checkpoint of the run where there is one. After SIGTERM it saves a whole one and raises Stopped.
 
     Args:
       params: the whole nested dict of parameters, placed by the mesh's rules; the trained ones are donated.
@@ -230,7 +248,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
     shardings, none = program.shardings(), mesh_lib.replicated(mesh)
     trainable, frozen = split_params(params, program.train)
     checkpoints = ckpt.Checkpoints(run.path)
-    key = jax.device_put(jax.random.key_data(jax.random.key(config.seed)), none)
+    key = mesh_lib.put(jax.random.key_data(jax.random.key(config.seed)), none)
     coefficients = [loss.coefficient(s, total) for s in range(total)]
 
     opt_shapes = jax.eval_shape(program.optimizer.init, trainable)
@@ -253,7 +271,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
     if done == 0:
         init = jax.jit(program.optimizer.init, out_shardings=shardings["opt_state"])
         opt_state = compiled((program, "init"), lambda: init.lower(trainable).compile())(trainable)
-        loss_state = jax.device_put(loss.init_state(), none)
+        loss_state = mesh_lib.put(loss.init_state(), none)
     elif done < total:
         opt_state, loss_state = states["optimizer"], states["loss"]
         say(f"{label}: resumed at step {done} of {total}")
@@ -269,7 +287,8 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
         clock = time.perf_counter()
 
     def save(finished: int, last: bool):
-        whole = not last or config.keep == "all"
+        nonlocal saved
+        whole, saved = not last or config.keep == "all", finished
         run.flush()  # no line before a checkpoint's step may be missing
         meta = {"step": finished, "total_steps": total, "train": program.train, "selected": stats.get("selected")}
         checkpoints.save(finished, params=trainable, opt_state={"optimizer": opt_state, "loss": loss_state} if whole else None,
@@ -284,7 +303,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
     group = max(len(d) for d in plan.dispatches)
     waiting: list[tuple] = []
     evaluated: dict[int, dict] = {}
-    clock, stopped = time.perf_counter(), total
+    clock, stopped, saved = time.perf_counter(), total, done
 
     def collect(keep: int):
         """Read the metrics of all but the newest `keep` dispatches."""
@@ -309,7 +328,12 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
             progress.update(len(steps_), loss=row["loss"], accuracy=row.get("train_accuracy"), **{corpus.unit: sum(useful)})
 
     try:
-        for dispatch, which in todo:
+        for boundary, (dispatch, which) in enumerate(todo):
+            if distributed.due(boundary):
+                collect(keep=0)
+                if dispatch.start > saved:
+                    save(dispatch.start, last=False)
+                interrupts.stop(f"the same command goes on at step {dispatch.start} of {total}")
             if on_eval and config.eval_every and dispatch.start and dispatch.start % config.eval_every == 0:
                 collect(keep=0)
                 evaluate(dispatch.start)
@@ -318,7 +342,7 @@ def train(config, program: Program, params: dict, corpus: Corpus, plan: packing.
                     say(f"{label}: no better {config.select} for {config.patience} evaluations, stopped at step {stopped} of {total}")
                     break
             xs = _inputs(plan, dispatch, plan.shapes[which], group, corpus, rates, coefficients, mesh)
-            n = jax.device_put(np.int32(len(dispatch)), none)
+            n = mesh_lib.put(np.int32(len(dispatch)), none)
             trainable, opt_state, loss_state, metrics = _run_dispatch(
                 program, stats, trainable, opt_state, loss_state, frozen, key, n, xs)
             waiting.append((dispatch, metrics, [int(sizes[plan.batches[s]].sum()) for s in dispatch]))

@@ -222,7 +222,7 @@ def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
     shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
     params = models.load(folder, model, shardings, jax.random.key(seed))
     if head == "classifier" and config.head_init == "unembedding":
-        params["head"]["kernel"] = jax.device_put(_unembedding(config, model, folder), params["head"]["kernel"].sharding)
+        params["head"]["kernel"] = mesh_lib.put(_unembedding(config, model, folder), params["head"]["kernel"].sharding)
     if lora(config) and config.lora.init:
         params = models.load_adapter(config.lora.init, params, model)
     return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [])
@@ -282,10 +282,18 @@ def restore(source: runlog.LoadedRun, config=None) -> Loaded:
 def forward_tokens(config, tokens: Sequence[np.ndarray], mesh, model, held: int = 0) -> int:
     """Tokens of a forward pass: from `eval_batch_size` documents, else by the kind of device, and by what fits its memory beside
     `held` bytes (of training)."""
-    longest = max(len(t) for t in tokens)
+    cells = mesh_lib.cells(mesh)
+    wanted = tokens_per_batch(config, tokens, cells, mesh.devices.flat[0].platform)
     if config.eval_batch_size:
-        return max(int(config.eval_batch_size * float(np.mean([len(t) for t in tokens]))), longest)
-    return ladder.forward_tokens(model, mesh, _tokens_here(), longest, held) * mesh_lib.cells(mesh)
+        return wanted
+    return ladder.forward_tokens(model, mesh, wanted // cells, max(len(t) for t in tokens), held) * cells
+
+
+def tokens_per_batch(config, tokens: Sequence[np.ndarray], cells: int, platform: str) -> int:
+    """Tokens of a pass over `cells` places along data x fsdp of a platform, which need not be here, whatever memory it has."""
+    if config.eval_batch_size:
+        return max(int(config.eval_batch_size * float(np.mean([len(t) for t in tokens]))), max(len(t) for t in tokens))
+    return FORWARD_TOKENS.get(platform, _FORWARD_TOKENS) * cells
 
 
 def predict(config, model, params, examples: Examples, mesh, *, label: str, stats: dict) -> np.ndarray:

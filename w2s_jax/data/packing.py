@@ -202,23 +202,25 @@ def _assign(dispatches, shapes, need, embed) -> tuple[list[int], list[Shape]]:
     return out, shapes
 
 
-def assemble(documents: np.ndarray, tokens: Sequence[np.ndarray], plan: Plan, shape: Shape) -> dict[str, np.ndarray]:
-    """One step's arrays.
+def assemble(documents: np.ndarray, tokens: Sequence[np.ndarray], plan: Plan, shape: Shape,
+             own: Sequence[int] | None = None) -> dict[str, np.ndarray]:
+    """One step's arrays. `own`: the cells that are wanted (those of this process's devices), ascending; None = all.
 
-    Returns int32 arrays: `tokens`, `segments`, `positions` `[microbatches, cells, rows, time]` (segment 0 = padding,
-    else 1 + index of the document in the batch), `documents` `[microbatches, cells, slots]` (index in the batch,
+    Returns int32 arrays: `tokens`, `segments`, `positions` `[microbatches, own, rows, time]` (segment 0 = padding,
+    else 1 + index of the document in the batch), `documents` `[microbatches, own, slots]` (index in the batch,
     -1 = empty), `last` (row * time + position of the last token, local to the cell), and `where` `[batch_size]`,
-    each document's place in the flattened slots.
+    each document's place in the flattened slots of all cells.
     """
     lengths = [len(tokens[d]) for d in documents]
     dealt = deal(lengths, plan.microbatches * plan.cells)
-    packed = [[[cell[i] for i in row] for row in best_fit([lengths[d] for d in cell], shape.time)] for cell in dealt]
-    batch = _fill(packed, [tokens[d] for d in documents], shape, plan.slots, sort_slots=True)
     where = np.zeros(plan.batch_size, np.int32)
-    flat = batch["documents"].reshape(-1)
-    slots = np.flatnonzero(flat >= 0)
-    where[flat[slots]] = slots
-    lead = (plan.microbatches, plan.cells)
+    for number, cell in enumerate(dealt):
+        where[cell] = number * plan.slots + np.arange(len(cell))
+    own = range(plan.cells) if own is None else own
+    wanted = [dealt[m * plan.cells + c] for m in range(plan.microbatches) for c in own]
+    packed = [[[cell[i] for i in row] for row in best_fit([lengths[d] for d in cell], shape.time)] for cell in wanted]
+    batch = _fill(packed, [tokens[d] for d in documents], shape, plan.slots, sort_slots=True)
+    lead = (plan.microbatches, len(own))
     return {k: v.reshape(lead + v.shape[1:]) for k, v in batch.items()} | {"where": where}
 
 
@@ -249,10 +251,12 @@ def _fill(packed, tokens, shape: Shape, slots: int, sort_slots: bool = False) ->
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatch:
-    """A packed batch for a forward pass: `arrays` as in `assemble` without the microbatch axis; `documents` global numbers."""
+    """A packed batch for a forward pass: `arrays` as in `assemble` without the microbatch axis; `documents` global numbers; `useful`
+    tokens in all its cells."""
 
     arrays: dict[str, np.ndarray]
     documents: np.ndarray  # [cells, slots] document numbers over the whole set, -1 = empty
+    useful: int = 0
 
 
 def plan_forward(lengths: np.ndarray, *, cells: int = 1, embed: int = 768, tokens_per_batch: int = 8192) -> list[tuple[Shape, list]]:
@@ -289,8 +293,8 @@ def plan_forward(lengths: np.ndarray, *, cells: int = 1, embed: int = 768, token
     return out
 
 
-def forward_batches(tokens: Sequence[np.ndarray], **layout) -> list[EvalBatch]:
-    """Every document of a set in packed batches for forward passes; see `plan_forward` for the arguments.
+def forward_batches(tokens: Sequence[np.ndarray], own: Sequence[int] | None = None, **layout) -> list[EvalBatch]:
+    """Every document of a set in packed batches for forward passes; see `plan_forward` for the arguments, `assemble` for `own`.
 
     Segment ids are local to a batch (1 + rank of the document in it), as in training.
     """
@@ -302,10 +306,12 @@ def forward_batches(tokens: Sequence[np.ndarray], **layout) -> list[EvalBatch]:
         for batch in batches:
             number = [d for cell in batch for row in cell for d in row]
             rank = {d: i for i, d in enumerate(number)}
-            local = [[[rank[d] for d in row] for row in cell] for cell in batch]
-            arrays = _fill(local, [tokens[d] for d in number], shape, slots)
-            numbers = np.where(arrays["documents"] >= 0, np.array(number)[arrays["documents"]], -1)
-            out.append(EvalBatch(arrays, numbers))
+            numbers = np.full((len(batch), slots), -1)
+            for c, cell in enumerate(batch):
+                inside = [d for row in cell for d in row]
+                numbers[c, : len(inside)] = inside
+            local = [[[rank[d] for d in row] for row in batch[c]] for c in (range(len(batch)) if own is None else own)]
+            out.append(EvalBatch(_fill(local, [tokens[d] for d in number], shape, slots), numbers, sum(len(tokens[d]) for d in number)))
     return out
 
 

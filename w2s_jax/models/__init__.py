@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from w2s_jax.constraints import spread
 from w2s_jax.errors import UserError, nearest
-from w2s_jax.mesh import spread
 from w2s_jax.models import attention as attention_lib
 from w2s_jax.models import heads, weights, writing
 from w2s_jax.models import lora as lora_lib

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from w2s_jax.mesh import spread
+from w2s_jax.constraints import spread
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.attention import angles, attend, check, prepare, rotate
 from w2s_jax.models.dropout import ADAPTERS, ATTENTION, EMBEDDING, MLP, dropout, token_keys

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from w2s_jax.mesh import axis_sizes, gathered, take_rows
+from w2s_jax.constraints import axis_sizes, gathered, take_rows
 
 Drop = Callable[[jax.Array, float, int], jax.Array]  # (x, rate, site) -> x
 _tanh_gelu = lambda x: jax.nn.gelu(x, approximate=True)  # noqa: E731
@@ -49,6 +49,25 @@ class Compute:
 
     def adapter(self, name: str) -> Adapter | None:
         return dict(self.adapters).get(name)
+
+
+@jax.custom_vjp
+def _wide(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [rows, inputs] @ kernel, in float32, for a sum that is rounded to their type afterwards.
+
+    Its cotangent has been of their type, so that it can be cast back without loss: then the backward products are those of a plain
+    x @ kernel, and what devices that share the outputs add up of them is not twice as wide.
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _wide_backward(operands, cotangent):
+    x, kernel = operands
+    cotangent = cotangent.astype(kernel.dtype)
+    return cotangent @ kernel.T, x.T @ cotangent
+
+
+_wide.defvjp(lambda x, kernel: (_wide(x, kernel), (x, kernel)), _wide_backward)
 
 
 class Linear(nnx.Module):
@@ -92,7 +111,7 @@ class Linear(nnx.Module):
         if self.bias is None and self.adapter is None:
             y = x @ kernel
         else:  # rounded once, after the sum
-            y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+            y = _wide(x, kernel)
             if self.bias is not None:
                 y = y + part(self.bias[...]).astype(jnp.float32)
         if self.adapter is not None:
@@ -136,6 +155,6 @@ class Embedding(nnx.Module):
         self.dtype = compute.dtype
 
     def __call__(self, ids: jax.Array, path: str | None = None) -> jax.Array:
-        """[..., width]. `path`: of the parameter, where the table is large enough to stay split over devices (mesh.take_rows)."""
+        """[..., width]. `path`: of the parameter, where the table is large enough to stay split over devices (constraints.take_rows)."""
         rows = lambda table, ids: table.at[ids].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)  # noqa: E731
         return rows(self.embedding[...], ids) if path is None else take_rows(self.embedding[...], ids, path, rows)

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from w2s_jax import mesh as mesh_lib
 from w2s_jax import peft
 from w2s_jax.errors import UserError
 from w2s_jax.models import heads
@@ -146,7 +147,7 @@ def read(folder, params: dict, model, family) -> dict:
     for path, (names, _) in wanted.items():
         leaf = flat[path]
         stack = np.stack([there[n].T for n in names]).astype(leaf.dtype)
-        flat[path] = jax.device_put(stack if is_adapter(path) else stack[0], leaf.sharding)
+        flat[path] = mesh_lib.put(stack if is_adapter(path) else stack[0], leaf.sharding)
     return nest(flat)
 
 
@@ -158,9 +159,9 @@ def files(params: dict, model, family, lora: Lora, base: str, revision: str) -> 
         if is_adapter(path):
             names = found[path[len(_STACK):].rsplit("/", 1)[0]]
             targets.add(names[0])
-            stack = jax.device_get(leaf)
+            stack = mesh_lib.fetch(leaf)
             tensors |= {_name(module, path[-1]): np.ascontiguousarray(stack[i].T) for i, module in enumerate(names)}
-    head = heads.tensors(jax.device_get(params["head"]), family.classifier[1], model.classes)
+    head = heads.tensors(mesh_lib.fetch(params["head"]), family.classifier[1], model.classes)
     tensors |= {f"base_model.model.{name}": value for name, value in head.items()}
     settings = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora,
                 "targets": _as_peft_has_them(targets, found, bool(model.config.pooler))}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from w2s_jax import mesh as mesh_lib
 from w2s_jax.errors import UserError
 from w2s_jax.progress import say
 
@@ -287,7 +288,7 @@ def fill(checkpoint, place: Place, model, names: dict[str, list[str | None] | st
         new = paths(model.init_new(jax.random.key(0) if key is None else key))
         if key is None and any(np.asarray(leaf).any() for leaf in new.values()):
             raise ValueError("load needs a key: the initialisation of this model's head or adapters is random")
-        params |= {path: jax.device_put(leaf, placed.get(path, default)) for path, leaf in new.items()}
+        params |= {path: mesh_lib.put(leaf, placed.get(path, default)) for path, leaf in new.items()}
     return nest(params)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save_file
 
+from w2s_jax import distributed
+from w2s_jax import mesh as mesh_lib
 from w2s_jax.files import is_object_store
 from w2s_jax.hub import TOKENIZER_FILES
 from w2s_jax.models.weights import AT_ONCE, INDEX, SINGLE, each, is_adapter, names_of, paths, transposed
@@ -42,11 +44,11 @@ def arranged(flat: dict, names: dict, order: Callable[[str], tuple[int, ...] | N
     def get(path, layer):
         leaf = flat[path]
         if layer is not None and leaf.nbytes > AT_ONCE:
-            array = jax.device_get(leaf[layer])
+            array = mesh_lib.fetch(leaf[layer])
         else:
             if path not in whole:
                 whole.clear()
-                whole[path] = jax.device_get(leaf)
+                whole[path] = mesh_lib.fetch(leaf)
             array = whole[path] if layer is None else whole[path][layer]
         turned = order(path)
         return np.ascontiguousarray(array if turned is None else array.transpose(np.argsort(turned)))
@@ -69,10 +71,19 @@ def save(folder, params: dict, raw: dict, config, family, tokenizer_files_from=N
 def write(folder, tensors: dict[str, Entry], files: dict[str, str | bytes], tokenizer_files_from=None) -> None:
     """A folder with `tensors` in model.safetensors (several files and an index above SHARD bytes, none without tensors), `files`
     by name, and the tokenizer files of another folder. Atomic: it appears, or replaces another, when everything is written. In an
-    object store, which renames nothing, it is written here first and copied then."""
+    object store, which renames nothing, it is written here first and copied then. Of several processes all get every tensor, and
+    process 0 writes."""
+    def get_all() -> None:
+        for entry in tensors.values():
+            entry.get()
+
+    distributed.once(lambda: _write(folder, tensors, files, tokenizer_files_from), "write a model", meanwhile=get_all)
+
+
+def _write(folder, tensors: dict[str, Entry], files: dict[str, str | bytes], tokenizer_files_from=None) -> None:
     if is_object_store(folder):
         with tempfile.TemporaryDirectory() as local:
-            write(Path(local) / "model", tensors, files, tokenizer_files_from)
+            _write(Path(local) / "model", tensors, files, tokenizer_files_from)
             _upload(Path(local) / "model", epath.Path(folder))
         return
     shards: list[list[str]] = [[]]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 
-from w2s_jax import registry
+from w2s_jax import distributed, registry
 from w2s_jax.config import CHOICES
 from w2s_jax.errors import UserError, nearest
 
 STAGES = {name: f"w2s_jax.stages.{name}" for name in CHOICES["stage"]}
+FILES_ONLY = ("report", "ensemble")  # need no devices: of several processes, process 0 runs them
+SEVERAL = ("finetune", "label", "pretrain", "export", "sweep", *FILES_ONLY)  # run in several processes
 
 
 def run(config, workdir, **options) -> dict:
@@ -21,7 +23,7 @@ def run(config, workdir, **options) -> dict:
         **options: handed to the stage: `rerun` (redo a finished run), and what the stage takes besides (`dry_run` of a sweep).
 
     Raises:
-        UserError: the config is wrong (see `w2s_jax.checks.check`), or what it names does not fit.
+        UserError: the config is wrong (see `w2s_jax.checks.check`), or what it names does not fit; the stage runs in one process only.
     """
     from w2s_jax.checks import check
 
@@ -33,21 +35,42 @@ def run(config, workdir, **options) -> dict:
         from w2s_jax import forward
 
         forward.make_room()
-    try:
-        return importlib.import_module(STAGES[name]).run(registry.fill(config), workdir, **options)
-    except (RuntimeError, MemoryError) as error:
-        from w2s_jax import ladder
 
-        if not ladder.is_exhausted(error):
-            raise
-        raise ladder.answer(error, f"the stage {name}", ladder.advice(config)) from error
+    def call() -> dict:
+        try:
+            return importlib.import_module(STAGES[name]).run(registry.fill(config), workdir, **options)
+        except (RuntimeError, MemoryError) as error:
+            from w2s_jax import ladder
+
+            if not ladder.is_exhausted(error):
+                raise
+            raise ladder.answer(error, f"the stage {name}", ladder.advice(config)) from error
+
+    try:
+        check_processes(name)
+        if name not in FILES_ONLY:
+            return call()
+        results: dict = {}  # they need not be JSON, and nobody but process 0 has a use for them
+        distributed.once(lambda: results.update(call()), name)
+        return results
+    except UserError as error:
+        distributed.confirm(error)
+        raise
+
+
+def check_processes(stage: str) -> None:
+    """UserError where this is one of several processes and the stage does not run in several."""
+    if distributed.processes() > 1 and stage not in SEVERAL:
+        raise UserError(f"config.stage: {stage!r} runs in one process, but this job has {distributed.processes()}; of the stages, "
+                        f"{', '.join(SEVERAL)} run in several")
 
 
 def prepare(config) -> dict:
     """Options for `run`: what can be read and checked of a stage's input before jax is imported (see `main.py`).
 
     Raises:
-        UserError: documents, labels, a run to label, probe, export or combine, or the lists of a sweep are not what the stage needs.
+        UserError: documents, labels, a run to label, probe, export or combine, the lists of a sweep, or the
+            models and the compiler of a plan are not what the stage needs.
     """
     if config.stage in ("finetune", "probe"):
         from w2s_jax import runlog
@@ -71,14 +94,21 @@ def prepare(config) -> dict:
 
         for path in config.runs:
             runlog.load_done(path, "label")
+    elif config.stage == "plan":
+        from w2s_jax import chips, hub
+
+        for name in config.topologies or (config.topology,):
+            chips.check_compiler(chips.topology(name))
+        return {"sources": hub.config_jsons(config)}
     elif config.stage == "prompt":
         from w2s_jax.data import prompts
 
         return {"prepared": prompts.prepare(prompts.resolve(config))}
     elif config.stage == "sweep":
-        from w2s_jax import graph
+        from w2s_jax import graph, slurm
 
         graph.check(config)
+        slurm.check(config.slurm)
     return {}
 
 

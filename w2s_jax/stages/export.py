@@ -21,7 +21,8 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save
 
-from w2s_jax import __version__, hub, models, peft, registry, runlog, workload
+from w2s_jax import __version__, distributed, hub, models, peft, registry, runlog, workload
+from w2s_jax import mesh as mesh_lib
 from w2s_jax.errors import UserError
 from w2s_jax.files import plain
 from w2s_jax.models import heads, writing
@@ -53,12 +54,13 @@ def run(config, workdir, *, rerun: bool = False, **_) -> dict:
         raise UserError(f"merge=False: {config.run} trained train={source.config.train}, expected a run with adapters (train=lora)")
     ident = identity(config)
     target = epath.Path(workdir).expanduser() / "model"
-    if (target.parent / "config.json").exists():  # nothing is loaded for what is done
+    there = distributed.once(lambda: [(target.parent / "config.json").exists(), target.exists()], "finished")
+    if there[0]:  # nothing is loaded for what is done
         with Run.open(workdir, config, ident) as held:
             if held.results is not None and not rerun:
                 say(f"{workload.shown(workdir)}: done already ({summary(held.results)}); --rerun redoes it")
                 return held.results
-    elif target.exists():
+    elif there[1]:
         raise UserError(f"--workdir={workdir}: holds model/ but no config.json, so it is no run of this program; choose another")
 
     loaded = workload.restore(source, _where(config, source))
@@ -249,7 +251,7 @@ def _padding(raw: dict, tokenizer, arch, closing: int | None = None) -> tuple[in
 
 def _head(loaded: workload.Loaded, form: Form) -> dict[str, np.ndarray]:
     """The head's tensors, by the names of transformers' class."""
-    head = jax.device_get(loaded.params["head"])
+    head = mesh_lib.fetch(loaded.params["head"])
     if form.kind != "classifier":
         assert not loaded.model.pooled, "a class that has the pooler reads it too"
         return {"score.weight": np.ascontiguousarray(head["kernel"].T)}

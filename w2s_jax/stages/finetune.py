@@ -12,7 +12,6 @@ import numpy as np
 
 from w2s_jax import config as config_lib
 from w2s_jax import feeding, forward, hub, ladder, losses, metrics, optimizers, peft, selection, train, workload
-from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import labels as labels_lib
 from w2s_jax.data import packing, splits
 from w2s_jax.data.examples import Examples
@@ -153,8 +152,8 @@ class _Evaluator:
     def _logits(self, name: str, params) -> np.ndarray:
         examples = self.sets[name]
         if name not in self.packed:
-            self.packed[name] = packing.forward_batches(
-                examples.tokens, cells=mesh_lib.cells(self.mesh), embed=self.model.config.embed,
+            self.packed[name] = forward.pack(
+                examples.tokens, self.mesh, embed=self.model.config.embed,
                 tokens_per_batch=workload.forward_tokens(self.config, examples.tokens, self.mesh, self.model, self.held))
         return forward.forward(self.model, params, self.packed[name], len(examples), self.mesh, stats=self.stats)
 

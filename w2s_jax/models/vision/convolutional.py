@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from w2s_jax.constraints import spread
 from w2s_jax.errors import UserError
-from w2s_jax.mesh import spread
 from w2s_jax.models.backbone import REMAT
 from w2s_jax.models.layers import ACTIVATIONS, Compute
 from w2s_jax.models.vision import resizing

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from w2s_jax.constraints import spread
 from w2s_jax.errors import UserError
-from w2s_jax.mesh import spread
 from w2s_jax.models.attention import check, prepare
 from w2s_jax.models.backbone import REMAT, Layer
 from w2s_jax.models.dropout import EMBEDDING, dropout, token_keys
