@@ -123,11 +123,10 @@ def labelling_batches(config, model, texts, settings: Settings, chip: chips.Chip
     from w2s_jax.data import packing
 
     cells, longest = settings.data * settings.fsdp, int(texts.sizes.max())
-    if config.eval_batch_size:
-        tokens = max(int(config.eval_batch_size * float(texts.sizes.mean())), longest)
-    else:
-        tokens = cells * ladder.forward_tokens(model, memory.abstract_mesh(settings.mesh), workload.tokens_on(chip.kind), longest,
-                                               size=chip.memory, platform=chip.kind)
+    tokens = workload.tokens_per_batch(config, texts.tokens, cells, chip.kind)
+    if not config.eval_batch_size:
+        tokens = cells * ladder.forward_tokens(model, memory.abstract_mesh(settings.mesh), tokens // cells, longest, size=chip.memory,
+                                               platform=chip.kind)
     return packing.forward_batches(texts.tokens, cells=cells, embed=model.config.embed, tokens_per_batch=tokens)
 
 

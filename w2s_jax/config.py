@@ -58,6 +58,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
+    "offload": ("none", "optimizer"),
     "train": ("full", "head", "lora"),
     "what": ("train", "label"),
     "head_init": ("zeros", "normal", "small", "unembedding"),
@@ -86,7 +87,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 # Keys that change how a run is executed, not what comes out: two runs that differ only in these are the same run.
 EXECUTION = (
-    "mesh", "microbatch_size", "remat", "attention", "steps_per_dispatch", "logger", "log_every", "eval_every",
+    "mesh", "microbatch_size", "remat", "offload", "attention", "steps_per_dispatch", "logger", "log_every", "eval_every",
     "checkpoint_every", "keep", "eval_batch_size", "features", "workers", "pictures", "predictions", "workdir",
     "bad_images",  # error ends a run where skip leaves something out: a run that is done has the same results with both
 )  # fmt: skip

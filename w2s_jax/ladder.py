@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -78,6 +79,10 @@ def device_memory() -> int:
 
         size = int(np.min(multihost_utils.process_allgather(np.int32(size >> 20)))) << 20
     return size
+
+
+def _has_host_memory() -> bool:
+    return any(place.kind == train.HOST for place in jax.local_devices()[0].addressable_memories())
 
 
 # --------------------------------------------------------------------------- the rungs
@@ -202,12 +207,12 @@ class _Ladder:
         return self.corpus.plan(self.heaviest, [range(i, i + 1) for i in range(len(self.heaviest))], microbatches=microbatches, cells=cells,
                                 embed=self.model.config.embed)
 
-    def judge(self, rung: Rung, plan: packing.Plan, model=None, optimizer=None, kind: str | None = None) -> Memory:
+    def judge(self, rung: Rung, plan: packing.Plan, model=None, optimizer=None, kind: str | None = None, offload: str = "") -> Memory:
         """The estimate of the plan's fullest shape."""
         model = model or self.model
         found = [memory.estimate(model, rung.sizes, shape, slots=plan.slots, optimizer=optimizer or self.optimizer, train=kind or self.kind,
                                  microbatches=rung.microbatches, group=max(map(len, plan.dispatches)), remat=rung.remat,
-                                 platform=jax.default_backend()) for shape in plan.shapes]
+                                 offload=offload or self.config.offload, platform=jax.default_backend()) for shape in plan.shapes]
         return max(found, key=lambda m: m.peak)
 
     def describe(self, rung: Rung) -> str:
@@ -218,7 +223,8 @@ class _Ladder:
         """What else would fit, with the figures: other things to train, other optimizers and types, more devices."""
         found = []
         for keys in ({"train": "lora"}, {"optimizer": "adafactor"}, {"param_dtype": "bfloat16", "dtype": "bfloat16"},
-                     {"optimizer": "adafactor", "param_dtype": "bfloat16", "dtype": "bfloat16"}):
+                     {"optimizer": "adafactor", "param_dtype": "bfloat16", "dtype": "bfloat16"},
+                     *([{"offload": "optimizer"}] if _has_host_memory() else [])):
             config = self.config.copy_and_resolve_references()
             if all(config.get(key, value) == value for key, value in keys.items()) or "train" in keys and "lora" not in config:
                 continue
@@ -232,7 +238,7 @@ class _Ladder:
                     config.optimizer_args.update(dict.fromkeys(config.optimizer_args))
             with contextlib.suppress(UserError):
                 plan = self.rough_plan(rung.microbatches, rung.cells)
-                needs = self.judge(rung, plan, self.variant(config), self.make_optimizer(config), keys.get("train")).peak
+                needs = self.judge(rung, plan, self.variant(config), self.make_optimizer(config), keys.get("train"), config.offload).peak
                 if needs <= ROOM * self.limit:
                     found.append(f"{' '.join(f'{key}={value}' for key, value in keys.items())} ({show(needs)})")
         for factor in (2, 4, 8, 16, 32, 64):
@@ -243,19 +249,24 @@ class _Ladder:
                 break
         return f"; would fit: {', or '.join(found)}" if found else "; nothing known to this project would fit: take a smaller model"
 
-    def next_smaller(self, rung: Rung) -> str:
-        """The keys of the next rung that needs clearly less than this one; what else would do where there is none."""
+    def next_smaller(self, rung: Rung, needed: int) -> str:
+        """The keys of the next rung that fits, or of the smallest one; what else would do where none needs clearly less than this one.
+
+        `needed`: bytes that the backend asked for, 0 = not known: estimates are raised in proportion where it is more.
+        """
         now = self.estimate(rung).peak
+        scale = max(needed / now, 1.0)
         every = rungs(self.config, self.devices, self.batch_size, self.loss.per_document, free=True)
-        for other in every:
-            if (needs := self.estimate(other).peak) <= 0.85 * now:
-                keys = [f"mesh.{axis}={n}" for axis, n, was in zip(mesh_lib.AXES, other.mesh, rung.mesh) if n != was]
-                if other.microbatches != rung.microbatches:
-                    keys.append(f"microbatch_size={other.microbatch_size(self.batch_size)}")
-                if other.remat != rung.remat:
-                    keys.append(f"remat={other.remat}")
-                return f"; expected {' '.join(f'--config.{key}' for key in keys)} (about {show(needs)} instead of {show(now)} a device)"
-        return f"; this is the smallest setting (about {show(now)} a device){self.alternatives(rung)}"
+        sizes = {other: self.estimate(other).peak * scale for other in every}
+        less = [other for other in every if sizes[other] <= 0.85 * now * scale]
+        if not less:
+            return f"; this is the smallest setting (about {show(now * scale)} a device){self.alternatives(rung)}"
+        other = next((r for r in less if sizes[r] <= ROOM * self.limit), min(less, key=sizes.get))
+        keys = {f"mesh.{axis}": n for axis, n, was in zip(mesh_lib.AXES, other.mesh, rung.mesh) if n != was}
+        keys |= {"microbatch_size": other.microbatch_size(self.batch_size)} if other.microbatches != rung.microbatches else {}
+        keys |= {"remat": other.remat} if other.remat != rung.remat else {}
+        return (f"; expected {' '.join(f'--config.{key}={value}' for key, value in keys.items())} "
+                f"(about {show(sizes[other])} instead of {show(now * scale)} a device)")
 
 
 def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarray], loss, make_optimizer: Callable, *, kind: str = "full",
@@ -271,14 +282,20 @@ def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarra
     Raises:
       UserError: nothing fits; says what would.
     """
+    if config.offload != "none" and not _has_host_memory():
+        raise UserError(f"config.offload: {config.offload!r}, but the devices here ({jax.devices()[0].device_kind}) have no pinned memory "
+                        "of the host; expected none")
     ladder = _Ladder(config, build, corpus, batches, loss, make_optimizer, kind)
     open_keys = [key for key, open_ in (("mesh", is_open(config.mesh)), ("microbatch_size", config.microbatch_size == "auto"),
                                         ("remat", config.remat == "auto")) if open_]
     compiled_sizes: dict[Rung, int] = {}
+    refused, low = math.inf, 1.0  # the least estimate of a rung that the compiler refused; how much too low its estimates were
 
     def too_much(rung: Rung, size: int) -> bool:
         """By an estimate, which may be too high: of the smallest rung only the compiler is believed, unless it is far off."""
-        return bool(open_keys) and size > ROOM * ladder.limit and (rung != ladder.smallest or size > FAR_OFF * ladder.limit)
+        if not open_keys or size < refused and size * low <= ROOM * ladder.limit:
+            return False
+        return rung != ladder.smallest or size * low > FAR_OFF * ladder.limit
 
     for rung in ladder.choices:
         if too_much(rung, ladder.estimate(rung).peak):
@@ -286,16 +303,17 @@ def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarra
         resolved = applied(config, rung, ladder.batch_size)
         model, mesh = build(resolved), mesh_lib.make_mesh(resolved.mesh)
         plan = feeding.make_plan(resolved, model, corpus, batches, mesh)
-        program = train.Program(model, loss, ladder.optimizer, mesh, kind)
+        program = train.Program(model, loss, ladder.optimizer, mesh, kind, config.offload)
         estimate = ladder.judge(rung, plan)
         if too_much(rung, estimate.peak):
             continue
         figure = f"{show(estimate.peak)} of {show(ladder.limit)} a device"
-        if open_keys and estimate.peak > SURE * ladder.limit:
+        if open_keys and estimate.peak * low > SURE * ladder.limit:
             needs = compiled_sizes[rung] = _compiled_size(program, corpus, plan, ladder, rung, {} if stats is None else stats)
             figure = f"{show(needs)} of {show(ladder.limit)} a device, as compiled"
             if needs > COMPILED_ROOM * ladder.limit:
                 say(f"auto: {ladder.describe(rung)} needs {figure}: too much, next")
+                refused, low = min(refused, estimate.peak), max(low, needs / estimate.peak)
                 continue
         line = f"auto: {ladder.describe(rung)}: {figure}" if open_keys else ""
         return Fitted(resolved, model, mesh, plan, program, rung, estimate, ladder.limit, line, ladder)
@@ -378,6 +396,23 @@ def answer(error: BaseException, what: str, advice: str) -> UserError:
     return UserError(f"memory: {what} ran out of it, {where}{advice}")
 
 
+def advice(config) -> str:
+    """What to change in a stage whose needs nobody has estimated."""
+    keys = []
+    if "eval_batch_size" in config:
+        size = config.eval_batch_size
+        keys.append(f"--config.eval_batch_size={max(size // 2, 1)}" if size else "a small --config.eval_batch_size (documents a pass)")
+    if isinstance(config.get("microbatch_size"), int) and config.batch_size > 1:
+        keys.append(f"--config.microbatch_size={max((config.microbatch_size or config.batch_size) // 2, 1)}")
+    if config.get("remat") == "none":
+        keys.append("--config.remat=full")
+    if "mesh" in config and config.mesh.get("fsdp") != len(jax.devices()) > 1:
+        keys.append(f"--config.mesh={'x'.join(map(str, (1, len(jax.devices()), 1)))}")
+    if config.get("dtype") == "float32":
+        keys.append("--config.dtype=bfloat16")
+    return f"; expected {' or '.join(keys)}" if keys else "; expected a smaller model or more memory"
+
+
 @contextlib.contextmanager
 def answered(what: str, fitted: Fitted) -> Iterator[None]:
     """Turns an exhausted memory inside the block into one line that names the next setting."""
@@ -386,4 +421,5 @@ def answered(what: str, fitted: Fitted) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_exhausted(error):
             raise
-        raise answer(error, f"{what} ({fitted.ladder.describe(fitted.rung)})", fitted.ladder.next_smaller(fitted.rung)) from error
+        advised = fitted.ladder.next_smaller(fitted.rung, asked(error) or 0)
+        raise answer(error, f"{what} ({fitted.ladder.describe(fitted.rung)})", advised) from error

@@ -32,11 +32,10 @@ def devices(graph: Graph, node: Node) -> int:
     """
     if node.stage == "ensemble":
         return 0
-    mesh = node.config.mesh
-    if node.stage == "label" and not any(mesh.values()):  # the labelling run's own model decides (stages/label.py)
-        mesh = registry.defaults(graph.nodes[node.parents[0]].config.model)["mesh"]
-    else:
-        mesh = registry.fill(node.config).mesh
+    mesh = registry.fill(node.config).mesh
+    if not any(mesh.values()):  # the run decides once it knows its devices (ladder.py); here the model's size does
+        model = graph.nodes[node.parents[0]].config.model if node.stage == "label" else node.config.model
+        return ALL if registry.defaults(model)["whole_node"] else 1
     if -1 in (mesh["fsdp"], mesh["model"]):
         return ALL
     return max(mesh["data"], 1) * mesh["fsdp"] * mesh["model"]

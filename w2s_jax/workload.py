@@ -230,16 +230,7 @@ def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
 
 def _mesh(config, model) -> jax.sharding.Mesh:
     """config.mesh on the devices here; where it is left open, one that serves forward passes."""
-    return mesh_lib.make_mesh(ladder.place(model, config.mesh, tokens=_tokens_here()))
-
-
-def _tokens_here() -> int:
-    return tokens_on(jax.default_backend())
-
-
-def tokens_on(platform: str) -> int:
-    """Tokens that a forward pass takes on one device of a platform, where they fit its memory."""
-    return FORWARD_TOKENS.get(platform, _FORWARD_TOKENS)
+    return mesh_lib.make_mesh(ladder.place(model, config.mesh, tokens=FORWARD_TOKENS.get(jax.default_backend(), _FORWARD_TOKENS)))
 
 
 def _unembedding(config, model: models.Model, folder: hub.Folder) -> np.ndarray:
@@ -287,10 +278,18 @@ def restore(source: runlog.LoadedRun, config=None) -> Loaded:
 def forward_tokens(config, tokens: Sequence[np.ndarray], mesh, model, held: int = 0) -> int:
     """Tokens of a forward pass: from `eval_batch_size` documents, else by the kind of device, and by what fits its memory beside
     `held` bytes (of training)."""
-    longest = max(len(t) for t in tokens)
+    cells = mesh_lib.cells(mesh)
+    wanted = tokens_per_batch(config, tokens, cells, mesh.devices.flat[0].platform)
     if config.eval_batch_size:
-        return max(int(config.eval_batch_size * float(np.mean([len(t) for t in tokens]))), longest)
-    return ladder.forward_tokens(model, mesh, _tokens_here(), longest, held) * mesh_lib.cells(mesh)
+        return wanted
+    return ladder.forward_tokens(model, mesh, wanted // cells, max(len(t) for t in tokens), held) * cells
+
+
+def tokens_per_batch(config, tokens: Sequence[np.ndarray], cells: int, platform: str) -> int:
+    """Tokens of a pass over `cells` places along data x fsdp of a platform, which need not be here, whatever memory it has."""
+    if config.eval_batch_size:
+        return max(int(config.eval_batch_size * float(np.mean([len(t) for t in tokens]))), max(len(t) for t in tokens))
+    return FORWARD_TOKENS.get(platform, _FORWARD_TOKENS) * cells
 
 
 def predict(config, model, params, examples: Examples, mesh, *, label: str, stats: dict) -> np.ndarray:
