@@ -62,7 +62,6 @@ BAD = {
     "number for a group of keys": ("F W --config.mesh=3", 'config.mesh=3'),
     "flag without a value": ("F W --config.seed", 'config.seed'),
     "switch": ("F W --rerun=perhaps", '--rerun=perhaps: expected true or false'),
-    "dry run of no sweep": ("F W --dry_run", "--dry_run: is for the stage 'sweep'"),
     "unknown loss": ("F W --config.loss=xnt", "config.loss: 'xnt', expected one of xent"),
     "argument of another loss": ("F W --config.loss_args.alpha=1", 'config.loss_args.alpha: 1.0 is set'),
     "argument of another optimizer": ("F W --config.optimizer_args.momentum=.9", 'optimizer_args.momentum'),
