@@ -191,6 +191,12 @@ def test_overrides_reach_the_stage(calls, model_folder, tmp_path):
     assert workdir == f"{tmp_path}/w" and options == {"rerun": True}
 
 
+def test_a_dry_run_checks_and_stops(calls, model_folder, tmp_path):
+    flags = ["--config=finetune", f"--config.model={model_folder}", "--dry_run", f"--workdir={tmp_path}/w"]
+    assert entry.main(flags) == 0 and entry.main([*flags, "--config.batch_size=0"]) == 2
+    assert not calls and not (tmp_path / "w").exists()
+
+
 def test_flagfile_and_calls_in_one_process_do_not_mix(calls, model_folder, tmp_path):
     flagfile = tmp_path / "flags"
     flagfile.write_text(f"--config=finetune\n--config.model={model_folder}\n--config.epochs=5\n")
