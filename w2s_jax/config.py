@@ -52,13 +52,14 @@ PROBE_ARGS: dict[str, dict] = {
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": ("finetune", "label", "ensemble", "probe", "prompt", "export", "pretrain", "vision", "vision_train", "sweep", "report",
-              "benchmark", "vision_benchmark"),
+              "benchmark", "vision_benchmark", "plan"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
     "train": ("full", "head", "lora"),
+    "what": ("train", "label"),
     "head_init": ("zeros", "normal", "small", "unembedding"),
     "readout": ("auto", "last", "mean", "first"),
     "split": ("a", "b", "train"),
@@ -212,6 +213,27 @@ def runlocal(c: ConfigDict) -> ConfigDict:
     with c.ignore_type(), c.unlocked():
         c.update({key: value for key, value in small.items() if key in c})
     return c
+
+
+def set_words(c: ConfigDict, text: str, name: str) -> None:
+    """Sets keys of `c` from `key=value,key=value`, the argument of the config called `name`. ValueError: no such key, or no such value."""
+    known = flatten(c)
+    for word in text.split(","):
+        key, equals, value = word.partition("=")
+        if not equals or key not in known:
+            raise ValueError(f"configs/{name}.py takes ':runlocal' or keys, as key=value,key=value; {word!r} is none{nearest(key, known)}")
+        kind = key_type(c, key)
+        if kind not in (int, float, str, bool) or (kind is bool and value not in ("true", "false")):
+            raise ValueError(f"{key}={value}: expected {describe(kind)}; lists are set by --config.{key}")
+        try:
+            parsed = value == "true" if kind is bool else kind(value)
+        except ValueError:
+            raise ValueError(f"{key}={value}: expected {describe(kind)}") from None
+        *parents, last = key.split(".")
+        node = c
+        for parent in parents:
+            node = node[parent]
+        node[last] = parsed
 
 
 def flatten(c, prefix: str = "") -> dict[str, object]:

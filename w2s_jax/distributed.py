@@ -63,7 +63,7 @@ def initialize_jax(environ: Mapping[str, str] = os.environ) -> None:
     jax.config.update("jax_check_proxy_envs", False)
     os.environ["no_grpc_proxy"] = ",".join(filter(None, (os.environ.get("no_grpc_proxy"), host)))
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    _divert_stdout(job.process == 0)
+    _divert_stdout()
     try:
         jax.distributed.initialize(
             address, job.processes, job.process, local_device_ids=_own_devices(job, environ), cluster_detection_method="deactivate",
@@ -73,15 +73,12 @@ def initialize_jax(environ: Mapping[str, str] = os.environ) -> None:
     _group.uses_jax = True
 
 
-def _divert_stdout(main: bool) -> None:
-    """What C++ prints there (Gloo tells whom it found) goes to stderr, or nowhere: stdout is for the results that Python prints."""
+def _divert_stdout() -> None:
+    """What C++ prints there (Gloo says whom it found) goes nowhere: stdout is for what Python prints."""
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    if main:
-        os.dup2(2, 1)
-    else:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
 
 
 def _own_devices(job: Job, environ: Mapping[str, str]) -> list[int] | None:

@@ -101,6 +101,8 @@ def _main(argv: list[str]) -> int:
         schedule.check_needs(spec[0])
     checks.check(config)
 
+    if config.stage == "plan":  # it computes nothing itself, and must not take the devices of somebody who does
+        os.environ["JAX_PLATFORMS"] = "cpu"
     from w2s_jax import stages
 
     stages.check_processes(config.stage)

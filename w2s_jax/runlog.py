@@ -39,7 +39,7 @@ __all__ = [
 
 PACKAGES = ("w2s_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "datasets", "tokenizers")
 # What --rerun removes, in this order.
-OWNED = ("results.json", "error.json", "metrics.jsonl", "metrics", "predictions", "checkpoints", "best", "tensorboard")
+OWNED = ("results.json", "error.json", "metrics.jsonl", "metrics", "predictions", "checkpoints", "best", "tensorboard", "points")
 FLUSH_SECONDS = 1.0
 
 
