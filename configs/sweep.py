@@ -7,6 +7,9 @@ For every task and seed: each model on ground truth (half A for a supervisor, ha
 supervisor on half B, and a student for every pair and loss; on request also what EleutherAI and Burns et al. compare these with
 (strong-to-strong, bootstrapping, probes, filters, ensembles, prompting). Each run is made once, ground truth is shared; killed and
 started again, the sweep goes on where it was. Ends with a report. `:quickstart` is the experiment of `launch/quickstart.sh`.
+
+    ... --config.executor=devices                               # one run a GPU, all GPUs of this node at once
+    ... --config.executor=slurm --config.slurm.time=8:00:00     # array jobs; `w2s status runs/sweep` says how far they are
 """
 
 from ml_collections import ConfigDict
@@ -35,6 +38,26 @@ def get_config(arg: str = "") -> ConfigDict:
     c.floors = ()  # the pretrained strong model prompted: zero_shot few_shot
     c.shots = 5  # of few_shot
     c.report = True  # end with the report
+
+    # Who makes the runs
+    c.executor = "here"  # here: this process, one after the other | devices: of this node, a process a run | slurm: array jobs
+    c.slots = 0  # executor=devices: devices used, of a CPU runs at once; 0 = all, of a CPU one run for every four cores
+    c.logs = ""  # folder of logs and job scripts; empty = logs/ (devices) or slurm/ (slurm) under the workdir; not an object store
+    c.slurm = ConfigDict()
+    c.slurm.partition = ""  # empty = the cluster's default; so for account and time
+    c.slurm.account = ""  # what is charged
+    c.slurm.time = ""  # limit of one run: minutes, hours:minutes:seconds or days-hours:minutes:seconds
+    c.slurm.gres = "gpu"  # what a device is called: gpu, gpu:a100; empty = a cluster of CPUs
+    c.slurm.devices = 8  # of a node; runs with mesh.fsdp=-1 or mesh.model=-1 take all of one, larger meshes several nodes
+    c.slurm.cpus = 0  # for each device; 0 = the cluster's default
+    c.slurm.mem = ""  # main memory for each device (64G); empty = the cluster's default
+    c.slurm.options = ()  # more of sbatch's: --qos=long,--exclude=node7
+    c.slurm.setup = ""  # line of shell before each run: module load cuda && source venv/bin/activate
+    c.slurm.at_once = 0  # tasks of an array at once; 0 = as many as there is room for
+    c.slurm.grace = 120  # seconds before the time limit at which a run saves its state, ends and queues again
+    c.slurm.restarts = 50  # so often at most
+
+    # What the runs start from
     c.base = shipped("finetune")  # what every finetune run starts from
     c.pretrain = shipped("pretrain")  # what every pretrain run starts from
     c.probe = shipped("probe")  # what every probe run starts from; documents and arithmetic are those of base

@@ -1,15 +1,32 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: finds or makes a Python environment and installs what a run needs.
 #
 #   source launch/env.sh
 #   w2s_env                     # sets $PYTHON: an active environment's, else .venv's, made if there is none
 #   w2s_install "$PYTHON" ...   # requirements.txt and further packages; skipped when nothing changed
 #
-# An accelerator's jax that is already installed is kept as it is: its version is pinned for pip.
+# An accelerator's jax that is already installed is kept as it is: its version is pinned for pip. W2S_INSTALL=0 installs nothing.
 
 W2S_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 w2s_fail() { echo "error: $*" >&2; exit 2; }
+
+# w2s_usage FILE: the comment that a script begins with.
+w2s_usage() { sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$1"; }
+
+# w2s_flag NAME FLAGS...: the value of --NAME among w2s's flags.
+w2s_flag() {
+  local name="$1"
+  shift
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --"$name"=* | -"$name"=*) echo "${1#*=}"; return ;;
+      --"$name" | -"$name") echo "${2:-}"; return ;;
+    esac
+    shift
+  done
+}
 
 # w2s_works PYTHON: it runs, and is a supported version (a pyenv shim may exist without its Python).
 w2s_works() {
@@ -64,11 +81,12 @@ PY
 
 # w2s_install PYTHON [PACKAGES...]
 w2s_install() {
-  local python="$1" stamp state pins
+  local python="$1" stamp wanted pins
   shift
-  stamp="$("$python" -c 'import sys; print(sys.prefix)')/.w2s-installed"
-  state="$(cat "$W2S_ROOT/requirements.txt"; echo "$*")"
-  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && "$python" -c 'import jax, flax' >/dev/null 2>&1; then return; fi
+  if [ "${W2S_INSTALL:-1}" = 0 ]; then return; fi
+  stamp="$("$python" -c 'import sys; print(sys.prefix)')/.w2s-installed" # a line for each that is there
+  wanted="$(cat "$W2S_ROOT/requirements.txt"; printf '%s\n' "$@")"
+  if [ -f "$stamp" ] && ! grep -Fxqvf "$stamp" <<<"$wanted" && "$python" -c 'import jax, flax' >/dev/null 2>&1; then return; fi
   "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 || w2s_fail "$python has no pip"
   pins="$(mktemp)"
   w2s_pins "$python" >"$pins"
@@ -79,5 +97,24 @@ w2s_install() {
     w2s_fail "pip could not install requirements.txt (see above)"
   }
   rm -f "$pins"
-  echo "$state" >"$stamp"
+  if [ -f "$stamp" ] && ! grep -Fxqvf "$stamp" "$W2S_ROOT/requirements.txt"; then wanted+="$(echo; cat "$stamp")"; fi # what was added before
+  sort -u <<<"$wanted" >"$stamp"
+}
+
+# w2s_extra PYTHON NAMES...: what these extras of pyproject.toml install, one a line.
+w2s_extra() {
+  local python="$1"
+  shift
+  "$python" -c '
+import sys, tomllib
+extras = tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"]
+print("\n".join(name for extra in sys.argv[2:] for name in extras[extra]))' "$W2S_ROOT/pyproject.toml" "$@"
+}
+
+# w2s_accelerator PYTHON: the extra that brings jax for the NVIDIA GPUs here; nothing where there are none, or jax knows its way already.
+w2s_accelerator() {
+  local version
+  if [ -n "$(w2s_pins "$1")" ] || ! command -v nvidia-smi >/dev/null || ! nvidia-smi -L 2>/dev/null | grep -q GPU; then return; fi
+  version="$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')"
+  if [ "${version:-12}" -ge 13 ]; then echo cuda13; else echo cuda12; fi
 }

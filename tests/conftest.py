@@ -62,6 +62,27 @@ def cli():
 
 
 @pytest.fixture(scope="session")
+def swept(cli, tmp_path_factory):
+    """A tiny sweep made by one process, one run after the other: `.flags` (without executor and workdir), `.environ` (compiles fast, and
+    finds what is compiled already), `.root`, `.runs`. What other executors make must be the same."""
+    import json
+    import types
+
+    import tiny
+
+    folder = tmp_path_factory.mktemp("swept")
+    models = [tiny.write_model(folder / name, seed=i, n_embd=12 + 12 * i, n_inner=48) for i, name in enumerate(("tiny", "small"))]
+    keys = {"models": ",".join(map(str, models)), "tasks": tiny.write_task(folder / "task"), "losses": "xent", "base__batch_size": 8,
+            "base__epochs": 2, "base__learning_rate": 3e-3, "base__checkpoint_every": 0}
+    flags = ["--config=sweep", *tiny.flags(**keys)]
+    environ = {"XLA_FLAGS": tiny.FAST_FLAGS, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
+    done = cli(*flags, f"--workdir={folder / 'here'}", **environ)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((folder / "here/sweep.json").read_text())["runs"]
+    return types.SimpleNamespace(flags=flags, environ=environ, root=folder / "here", runs=runs, models=models, task=folder / "task")
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """Folder of a tiny random GPT-2 (tests/tiny.py)."""
     import tiny

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+import w2s_jax
 from w2s_jax.data.examples import Examples, one_hot
 from w2s_jax.data.labels import write_predictions
 
@@ -68,6 +69,19 @@ def make_root(root: Path, *, n=400, seeds=(0, 1, 2), methods=("xent", "logconf")
                                     "runs": runs})
     (root / "sweep.json").write_text(json.dumps({"pairs": entries}))
     return root
+
+
+def assert_same(root, reference, runs) -> None:
+    """Both roots have the same runs with the same bits: predictions, metrics and results but for times."""
+    for name in runs:
+        one, two = (w2s_jax.load(folder / name) for folder in (root, reference))
+        assert one.record["identity"] == two.record["identity"]
+        split = "b" if "/label-" in name else "test"
+        np.testing.assert_array_equal(np.stack(one.predictions(split).logits), np.stack(two.predictions(split).logits))
+        assert [(m["step"], m["loss"]) for m in one.metrics] == [(m["step"], m["loss"]) for m in two.metrics]
+        assert one.results["accuracy"] == two.results["accuracy"]
+    one, two = ((folder / "report/table.csv").read_text() for folder in (root, reference))
+    assert one == two
 
 
 def report_config(**changes) -> ConfigDict:

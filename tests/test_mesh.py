@@ -6,8 +6,8 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
+from w2s_jax import constraints, models, optimizers
 from w2s_jax import mesh as mesh_lib
-from w2s_jax import models, optimizers
 from w2s_jax.errors import UserError
 
 BACKBONE = "backbone/"
@@ -139,3 +139,39 @@ def test_cells_of_a_batch_are_spread_over_data_and_fsdp(sizes, parts):
     array = jax.device_put(np.arange(3 * 8 * 5).reshape(3, 8, 5), mesh_lib.batch_sharding(mesh, axis=1))
     assert {s.data.shape for s in array.addressable_shards} == {(3, 8 // parts, 5)}
     assert {s.data.shape for s in jax.device_put(array, mesh_lib.replicated(mesh)).addressable_shards} == {(3, 8, 5)}
+
+
+# --------------------------------------------------------------------------- inside a program
+
+TOKENS = "backbone/embed/tokens/embedding"
+
+
+@pytest.mark.parametrize("entries", [96, 97])  # those that devices divide, and those that they do not
+@pytest.mark.parametrize("sizes", [{"model": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "model": 2}, {"data": 8}], ids=str)
+def test_rows_of_a_table_that_stays_where_it_lies(sizes, entries):
+    """Values, gradients and NaN for ids outside of the table, as without a mesh."""
+    rng, mesh = np.random.default_rng(0), make_mesh(**sizes)
+    table, ids = rng.normal(size=(entries, 16)).astype(np.float32), rng.integers(0, entries, (8, 5)).astype(np.int32)
+    weights = rng.normal(size=(8, 5, 16)).astype(np.float32)
+    fill = lambda table, ids: table.at[ids].get(mode="fill", fill_value=np.nan)  # noqa: E731
+    placed = jax.device_put(table, jax.NamedSharding(mesh, mesh_lib.spec(TOKENS, table.shape, mesh)[0]))
+    rows = jax.device_put(ids, mesh_lib.batch_sharding(mesh))
+    take = jax.jit(lambda table, ids: constraints.take_rows(table, ids, TOKENS, fill))
+    np.testing.assert_array_equal(take(placed, rows), table[ids])
+    found, expected = (jax.jit(jax.grad(lambda table, ids, take=take: (take(table, ids) * weights).sum()))(table, ids)
+                       for take, table, ids in ((take, placed, rows), (fill, table, ids)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for bad in (entries, entries + 3, 2**30):
+        wrong = jax.device_put(ids.copy(), mesh_lib.batch_sharding(mesh)).at[3, 2].set(bad)
+        out = np.asarray(take(placed, jax.device_put(wrong, mesh_lib.batch_sharding(mesh))))
+        assert np.isnan(out[3, 2]).all() and np.isnan(out).sum() == 16
+
+
+def test_rows_and_heads_are_spread_where_they_divide():
+    mesh = make_mesh(data=2, fsdp=2, model=2)
+    x = jax.device_put(np.zeros((8, 3, 6, 5)), mesh_lib.batch_sharding(mesh))
+    batch = ("data", "fsdp")
+    for axis, expected in ((2, P(batch, None, "model")), (3, P(batch)), (None, P(batch))):  # 6 heads divide, 5 features do not
+        found = jax.jit(lambda x, axis=axis: constraints.spread(x * 1.0, model=axis))(x)
+        assert found.sharding.is_equivalent_to(jax.NamedSharding(mesh, expected), 4), axis
+    assert constraints.axis_sizes(np.zeros((8, 3))) == {}  # no mesh is known

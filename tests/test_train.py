@@ -331,8 +331,8 @@ def test_dispatches_break_where_something_is_due(total, group, cadences, expecte
 @pytest.mark.parametrize("tokens, steps", [(10, (32, 32)), (2000, (2, 31)), (10**6, (1, 1))])
 def test_small_models_get_several_steps_a_dispatch(tokens, steps):
     config, model = tiny.finetune("m", "t"), make_model()[0]
-    assert steps[0] <= feeding.steps_per_dispatch(config, model, tokens) <= steps[1]
-    assert feeding.steps_per_dispatch(tiny.set_keys(config, steps_per_dispatch=7), model, tokens) == 7
+    assert steps[0] <= feeding.steps_per_dispatch(config, model, tokens, "cpu") <= steps[1]
+    assert feeding.steps_per_dispatch(tiny.set_keys(config, steps_per_dispatch=7), model, tokens, "cpu") == 7
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from w2s_jax.config import shipped
 FAST = {  # XLA's options for fast_compiles
     "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False,
 }  # fmt: skip
+FAST_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in FAST.items())  # the same for a process of its own
 VOCAB = 151
 RAW = {
     "model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 36, "n_layer": 2, "n_head": 12, "n_inner": 144, "n_positions": 64,

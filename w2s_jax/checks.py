@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from w2s_jax import chips, logger
 from w2s_jax import config as configs
-from w2s_jax import logger
 from w2s_jax.config import CHOICES, LOSS_ARGS, OPTIMIZER_ARGS, PROBE_ARGS, check_store, describe, flatten, folder, key_type, shipped
 from w2s_jax.errors import UserError, nearest
 
@@ -19,7 +19,7 @@ OF_STAGE = {
     ("prompt", "split"): ("test", "b", "a"), ("pretrain", "param_dtype"): ("float32", "bfloat16"),
     ("vision_train", "split"): ("weak", "train", "both"), ("vision_train", "param_dtype"): ("float32", "bfloat16"),
     ("vision_train", "train"): ("full", "head"), ("vision_train", "head_init"): ("zeros", "normal", "small"),
-    ("vision", "schedule"): ("constant", "cosine"),
+    ("vision", "schedule"): ("constant", "cosine"), ("plan", "attention"): ("auto", "xla"),
 }  # fmt: skip
 
 # Closed ranges (low, high); a low of TINY excludes 0. Keys that stand nowhere here are free.
@@ -33,7 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "grad_clip": (0, 1e30), "weight_decay": (0, 1e30), "dropout": (0, 1 - 1e-9),
     "log_every": (1, math.inf), "eval_every": (0, math.inf), "eval_batch_size": (0, math.inf),
     "checkpoint_every": (0, math.inf), "patience": (0, math.inf), "steps_per_dispatch": (0, math.inf),
-    "contamination": (TINY, 1 - 1e-9), "shots": (0, 1000), "s2s_rounds": (0, math.inf),
+    "utilisation": (TINY, 1), "compiles": (1, 100), "contamination": (TINY, 1 - 1e-9), "shots": (0, 1000), "s2s_rounds": (0, math.inf),
     "replicates": (40, math.inf), "repeats": (1, math.inf), "n_label": (1, math.inf), "arch.vocab": (2, math.inf),
     "arch.width": (1, math.inf), "arch.layers": (1, math.inf), "arch.heads": (1, math.inf), "arch.context": (1, math.inf),
     "loss_args.alpha": (0, 1e6), "loss_args.beta": (0, 1e6), "loss_args.aux_coef": (0, 1), "loss_args.warmup": (0, 1e12),
@@ -47,6 +47,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "arch.mlp": (1, math.inf), "arch.patch": (1, math.inf), "contrast.width": (1, math.inf), "contrast.outputs": (1, math.inf),
     "contrast.temperature": (TINY, 1e6), "augment.shift": (0, 1), "augment.zoom": (0, 1 - 1e-9), "augment.rotate": (0, 180),
     "augment.brightness": (0, 1), "augment.contrast": (0, 1), "augment.noise": (0, 1),
+    "slots": (0, 4096), "slurm.devices": (1, 4096), "slurm.cpus": (0, 4096), "slurm.at_once": (0, 1e6), "slurm.grace": (0, 65535),
+    "slurm.restarts": (0, 1e6),
     "probe_args.k": (1, math.inf), "probe_args.l2": (TINY, 1e30), "probe_args.folds": (2, math.inf),
 }  # fmt: skip
 RANGES_OF_STAGE = {(stage, key): (0, math.inf) for stage in ("vision", "vision_train") for key in ("n_train", "n_test")}  # 0 = the rest
@@ -109,7 +111,8 @@ def _check_paths(c: ConfigDict) -> None:
         check_task(c.task, c.get("task_dir", ""))
     _check_features(c)
     if c.get("model") and not (c.get("stage") == "probe" and c.run):  # the run names its own model
-        (check_image_model if c.stage == "vision_train" else check_model)(c.model)
+        if c.stage != "plan" or not c.models:
+            (check_image_model if c.stage == "vision_train" else check_model)(c.model)
     if c.get("tokenizer") and is_path(c.tokenizer) and not Path(c.tokenizer).expanduser().is_dir():
         raise UserError(f"config.tokenizer: {c.tokenizer!r}, no such folder")
     for key in ("labels", "stats_labels", "file", "corpus", "root", *RUNS):
@@ -149,8 +152,9 @@ def _check_sweep(c: ConfigDict) -> None:
         for value in c[key]:
             _choose(key, value, choices)
     _choose("members", c.members, ("seeds", "models"))
-    for key in ("s2s_rounds", "shots"):
-        _in_range(key, c[key])
+    _choose("executor", c.executor, CHOICES["executor"])
+    for key in ("s2s_rounds", "shots", "slots", *(f"slurm.{key}" for key in ("devices", "cpus", "at_once", "grace", "restarts"))):
+        _in_range(key, flatten(c)[key])
     if "few_shot" in c.floors and not c.shots:
         raise UserError("config.shots: 0, expected 1 or more for config.floors=few_shot")
     for rung in c.rungs:
@@ -279,7 +283,7 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
     if isinstance(radius, str) and radius != "midweak":
         raise UserError(f"config.loss_args.radius: {radius!r}, expected a number or 'midweak'")
     for loss in losses:
-        if loss in ("logconf", "logconf_openai") and (c.loss_args.warmup or 0) > 1:
+        if loss in ("logconf", "logconf_openai") and ((c.get("loss_args") or {}).get("warmup") or 0) > 1:
             raise UserError(f"config.loss_args.warmup: {c.loss_args.warmup!r}, expected a fraction of training (0 to 1) for {loss}")
     if c.get("steps") is not None and c.get("warmup_steps", 0) >= c.steps:
         raise UserError(f"config.warmup_steps: {c.warmup_steps}, expected fewer than config.steps ({c.steps})")
@@ -322,8 +326,27 @@ def _check_together(c: ConfigDict, losses: tuple[str, ...]) -> None:
             raise UserError(f"config.answers: {answers!r} is set, but config.head_init={c.head_init!r} has no use for answers")
     if "runs" in c and len(set(c.runs)) < max(len(c.runs), 2):
         raise UserError(f"config.runs: {tuple(c.runs)!r}, expected two or more different label run directories")
+    if c.get("stage") == "plan":
+        _check_plan(c)
     if c.get("stage") == "benchmark" and c.batch_size > c.n_train:
         raise UserError(f"config.batch_size: {c.batch_size}, expected at most config.n_train ({c.n_train})")
+
+
+def _check_plan(c: ConfigDict) -> None:
+    """The machines and models of a plan, and its documents."""
+    for key, name in (("topology", c.topology), *(("topologies", name) for name in c.topologies)):
+        chips.topology(name, key)
+    for key in ("topologies", "models"):
+        if len(set(c[key])) < len(c[key]):
+            raise UserError(f"config.{key}: {tuple(c[key])} names one twice, expected each once")
+    for name in c.models:
+        check_model(name, "models")
+    if c.lengths != "sciq" and not (c.lengths.isdecimal() and int(c.lengths)):
+        raise UserError(f"config.lengths: {c.lengths!r}, expected sciq or a number of tokens")
+    if c.what == "train" and c.batch_size > c.n_train:
+        raise UserError(f"config.batch_size: {c.batch_size}, expected at most config.n_train ({c.n_train})")
+    if -1 in c.mesh.values():
+        raise UserError(f"config.mesh: {dict(c.mesh)}, expected sizes, or 0 for axes that are chosen")
 
 
 def _check_answers(answers: tuple) -> None:

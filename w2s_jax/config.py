@@ -52,13 +52,14 @@ PROBE_ARGS: dict[str, dict] = {
 # What a key may hold, wherever it stands (one stage's `shuffle` means another stage's `shuffle`).
 CHOICES: dict[str, tuple[str, ...]] = {
     "stage": ("finetune", "label", "ensemble", "probe", "prompt", "export", "pretrain", "vision", "vision_train", "sweep", "report",
-              "benchmark", "vision_benchmark"),
+              "benchmark", "vision_benchmark", "plan"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "auto"),
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
     "train": ("full", "head", "lora"),
+    "what": ("train", "label"),
     "head_init": ("zeros", "normal", "small", "unembedding"),
     "readout": ("auto", "last", "mean", "first"),
     "split": ("a", "b", "train"),
@@ -79,6 +80,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "keep": ("params", "all", "none"),
     "select": ("last", "val_labels", "agreement", "oracle"),
     "logger": ("none", "tensorboard", "wandb"),
+    "executor": ("here", "devices", "slurm"),
 }
 
 # Keys that change how a run is executed, not what comes out: two runs that differ only in these are the same run.
@@ -124,7 +126,7 @@ def find(path_or_name: str) -> Path:
         UserError: there is no such file; the message names the nearest shipped config.
     """
     path = Path(path_or_name).expanduser()
-    if path.is_file() and path.suffix == ".py":
+    if path.is_file() and path.suffix in (".py", ".json"):
         return path
     inner = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
     if inner.parts and not inner.is_absolute() and ".." not in inner.parts:
@@ -139,12 +141,14 @@ def load(path_or_name: str, arg: str | None = None) -> ConfigDict:
     """Runs the `get_config(arg)` of a config file and returns its config, locked.
 
     Args:
-        path_or_name: as for `find`.
+        path_or_name: as for `find`, or a .json file with a config under `config`, as a run records it (see `recorded`).
         arg: what stands after the colon in `--config=finetune:runlocal`; None calls `get_config()`.
 
     Raises:
         UserError: no such file, or the file fails; the message names the file and the line.
     """
+    if path_or_name.endswith(".json"):
+        return recorded(path_or_name).lock()
     file = find(path_or_name)
     try:
         # Not an import: bytecode kept beside the file could outlive a quick edit of it.
@@ -179,6 +183,27 @@ def shipped(name: str, arg: str | None = None) -> ConfigDict:
     return load(str(file), arg).unlock()
 
 
+def recorded(path: str) -> ConfigDict:
+    """The config in a JSON file (local or gs://): the value of its key `config`, put over the defaults of its stage, unlocked.
+
+    UserError where the file cannot be read or holds no config. Keys and types are `checks.check`'s to judge.
+    """
+    from w2s_jax.files import read_json
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(entry) for key, entry in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    values = read_json(path).get("config")
+    if not isinstance(values, dict) or values.get("stage") not in CHOICES["stage"]:
+        raise UserError(f"--config={path}: expected a config under the key 'config', with its stage")
+    c = shipped(values["stage"])
+    with c.ignore_type():
+        c.update(tuples(values))
+    return c
+
+
 def runlocal(c: ConfigDict) -> ConfigDict:
     """Makes a config a smoke run on the embedded world: seconds on a laptop, with the model that `pretrain:runlocal` makes."""
     small = {
@@ -188,6 +213,27 @@ def runlocal(c: ConfigDict) -> ConfigDict:
     with c.ignore_type(), c.unlocked():
         c.update({key: value for key, value in small.items() if key in c})
     return c
+
+
+def set_words(c: ConfigDict, text: str, name: str) -> None:
+    """Sets keys of `c` from `key=value,key=value`, the argument of the config called `name`. ValueError: no such key, or no such value."""
+    known = flatten(c)
+    for word in text.split(","):
+        key, equals, value = word.partition("=")
+        if not equals or key not in known:
+            raise ValueError(f"configs/{name}.py takes ':runlocal' or keys, as key=value,key=value; {word!r} is none{nearest(key, known)}")
+        kind = key_type(c, key)
+        if kind not in (int, float, str, bool) or (kind is bool and value not in ("true", "false")):
+            raise ValueError(f"{key}={value}: expected {describe(kind)}; lists are set by --config.{key}")
+        try:
+            parsed = value == "true" if kind is bool else kind(value)
+        except ValueError:
+            raise ValueError(f"{key}={value}: expected {describe(kind)}") from None
+        *parents, last = key.split(".")
+        node = c
+        for parent in parents:
+            node = node[parent]
+        node[last] = parsed
 
 
 def flatten(c, prefix: str = "") -> dict[str, object]:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from typing import ClassVar
 
-import jax
 import numpy as np
 
 from w2s_jax import mesh as mesh_lib
@@ -129,14 +128,14 @@ def image_batch(pixels: np.ndarray, slots: int) -> dict[str, np.ndarray]:
     return {"images": images, "documents": documents}
 
 
-def steps_per_dispatch(config, model, tokens_per_step: float) -> int:
-    """`config.steps_per_dispatch`, or as many steps as make a call of the device worth its overhead."""
+def steps_per_dispatch(config, model, tokens_per_step: float, platform: str) -> int:
+    """`config.steps_per_dispatch`, or as many steps as make a call of a device of the platform worth its overhead."""
     if config.steps_per_dispatch:
         return config.steps_per_dispatch
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in mesh_lib.paths(model.abstract)}
     weights = sum(size for path, size in sizes.items() if "embedding" not in path)
     # What is worth a call, and what the update of one parameter costs (28 bytes to and from memory), both in FLOPs of matrix products.
-    worth, update = (1e9, 500.0) if jax.default_backend() == "cpu" else (2e12, 2000.0)
+    worth, update = (1e9, 500.0) if platform == "cpu" else (2e12, 2000.0)
     trained = TRAINED[config.get("train", "full")]  # a pretrain config has no such key
     flops = 6.0 * weights * tokens_per_step + update * sum(size for path, size in sizes.items() if re.search(trained, path))
     return int(np.clip(worth // flops, 1, 32))
@@ -154,8 +153,13 @@ def dispatch_ranges(total: int, group: int, *cadences: int) -> list[range]:
 
 def make_plan(config, model, corpus: Corpus, batches: list[np.ndarray], mesh) -> packing.Plan:
     """The plan of a run; execution keys change it, never its results beyond rounding."""
+    return plan_cells(config, model, corpus, batches, cells=mesh_lib.cells(mesh), platform=mesh.devices.flat[0].platform)
+
+
+def plan_cells(config, model, corpus: Corpus, batches: list[np.ndarray], *, cells: int, platform: str) -> packing.Plan:
+    """`make_plan` for `cells` places along data x fsdp of a platform (cpu | gpu | tpu), which need not be here."""
     size = len(batches[0])
-    group = steps_per_dispatch(config, model, float(corpus.places.mean() * size))
+    group = steps_per_dispatch(config, model, float(corpus.places.mean() * size), platform)
     ranges = dispatch_ranges(len(batches), group, config.eval_every, config.checkpoint_every)
     microbatches = -(-size // config.microbatch_size) if config.microbatch_size else 1
-    return corpus.plan(batches, ranges, microbatches=microbatches, cells=mesh_lib.cells(mesh), embed=model.config.embed)
+    return corpus.plan(batches, ranges, microbatches=microbatches, cells=cells, embed=model.config.embed)

@@ -58,6 +58,11 @@ def make_room(maps: int | None = None) -> bool:
     return True
 
 
+def lower(function: Callable, params, arrays, **place) -> jax.stages.Lowered:
+    """The program of a forward pass, ready to be compiled; arrays, or their shapes with shardings."""
+    return jax.jit(function, **place).lower(params, arrays)
+
+
 def _compile(lowered):
     """Compile a forward pass with the backend's `_OPTIONS`, or without where this version of jax does not know them."""
     options = _OPTIONS.get(jax.default_backend())
@@ -109,7 +114,7 @@ def passes(name, function: Callable, params, batches: Iterable, mesh, *, stats=N
     for batch in batches:
         arrays = {k: mesh_lib.put_cells(v, mesh, 0) for k, v in batch.arrays.items()}
         shapes = tuple((k, a.shape) for k, a in sorted(batch.arrays.items()) if k not in ("segments", "positions"))
-        call = compiled((name, mesh, shapes), lambda arrays=arrays: _compile(jax.jit(function, **place).lower(params, arrays)), stats)
+        call = compiled((name, mesh, shapes), lambda arrays=arrays: _compile(lower(function, params, arrays, **place)), stats)
         waiting.append((batch, call(params, arrays)))
         yield from collect(keep=2)
     yield from collect(keep=0)

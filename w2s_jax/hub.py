@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from w2s_jax import config as configs
 from w2s_jax.errors import UserError
+from w2s_jax.files import read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]  # of a hub repository; nothing in its subfolders
@@ -55,6 +57,34 @@ def resolve(model: str, revision: str = "main") -> Folder:
         folder = _download(model, revision)
     _check(model, Path(folder.path))
     return folder
+
+
+def config_json(model: str, revision: str = "main") -> tuple[dict, str]:
+    """A model's config.json without its weights, and where it is from: a local folder, the hub or its cache ("hub:id@commit"), else the
+    published fields that ship with this package (configs/shapes).
+
+    UserError: none of these has it.
+    """
+    if is_local(model):
+        return read_json(Path(os.path.expanduser(model)) / "config.json"), "folder"
+    try:
+        folder = _download(model, revision, ("config.json",))
+        return read_json(Path(folder.path) / "config.json"), f"hub:{model}@{folder.commit}"
+    except UserError as error:
+        known = {str(f.relative_to(shapes()).with_suffix("")): f for f in shapes().rglob("*.json")}
+        if (file := known.get(model.removeprefix("openai-community/"))) is None:
+            raise UserError(f"{error}; and configs/shapes has only {', '.join(sorted(known))}") from None
+        return read_json(file), "configs/shapes"
+
+
+def config_jsons(config) -> dict[str, tuple[dict, str]]:
+    """`config_json` of every model that a plan's config names, by name."""
+    return {name: config_json(name, config.revision or "main") for name in config.models or (config.model,)}
+
+
+def shapes() -> Path:
+    """The folder of published config.json fields."""
+    return configs.folder() / "shapes"
 
 
 def resolve_tokenizer(tokenizer: str, revision: str = "main") -> Folder:

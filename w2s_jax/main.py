@@ -38,7 +38,7 @@ usage: w2s --config=NAME[:ARG] --workdir=DIR [--config.KEY=VALUE ...]     run a 
 FLAGS = {  # name: (kind, help)
     "workdir": (str, "the run's directory; the root for a sweep and a report (local or gs://)"),
     "rerun": (bool, "redo a run that is done"),
-    "dry_run": (bool, "sweep: print the graph of runs and stop"),
+    "dry_run": (bool, "check all that can be told without devices, print the graph of a sweep, and stop"),
     "coordinator": (str, "several processes: host:port where process 0 is found; the launcher says it on SLURM, Open MPI and TPUs"),
     "num_processes": (int, "several processes without such a launcher: how many"),
     "process_id": (int, "several processes without such a launcher: which one this is, from 0"),
@@ -91,19 +91,25 @@ def _main(argv: list[str]) -> int:
     config, values = parse(argv, spec)
     if not values["workdir"]:
         raise UserError("--workdir: is missing; expected the directory that the run is written to")
-    if values["dry_run"] and config.get("stage") != "sweep":
-        raise UserError(f"--dry_run: is for the stage 'sweep', not for {config.get('stage')!r}")
     workdir = _workdir(values["workdir"])
     if (job := launchers.detect(values)) is not None:
         about = _about([f"--config={':'.join(filter(None, spec))}", *argv])
         distributed.join(job, about, values["join_seconds"] or distributed.START_SECONDS)
+    if spec[0].endswith(".json"):
+        from w2s_jax import schedule
+
+        schedule.check_needs(spec[0])
     checks.check(config)
 
+    if config.stage == "plan":  # it computes nothing itself, and must not take the devices of somebody who does
+        os.environ["JAX_PLATFORMS"] = "cpu"
     from w2s_jax import stages
 
     stages.check_processes(config.stage)
     options = {name: True for name in ("rerun", "dry_run") if values[name]} | stages.prepare(config)
-    if config.stage not in stages.FILES_ONLY:
+    if values["dry_run"] and config.stage != "sweep":
+        return 0
+    if config.stage not in stages.FILES_ONLY and config.get("executor", "here") == "here":  # other executors start processes only
         setup_devices()
     stages.run(config, workdir, **options)
     return 0
@@ -160,6 +166,8 @@ def _take_config(argv: list[str]) -> tuple[list[str], tuple[str, str | None] | N
         raise UserError(f"--config: is given {len(found)} times ({', '.join(found)}), expected once")
     if not found:
         return rest, None
+    if found[0].endswith(".json"):  # a recorded config takes no argument, and its path may hold a colon
+        return rest, (found[0], None)
     name, colon, arg = found[0].partition(":")
     if not name:
         raise UserError(f"--config={found[0]}: is empty, expected one of {', '.join(configs.names())}, or a file")
@@ -261,6 +269,8 @@ def help_text(spec: tuple[str, str | None] | None) -> str:
         described = [(name, _docstring(configs.find(name)).split("\n")[0]) for name in configs.names()]
         return "\n".join([*lines, "", "configs (add --help to one to see its keys):", *_table(described)])
     file, config = configs.find(spec[0]), configs.load(*spec)
+    if file.suffix == ".json":
+        file = configs.folder() / f"{config.stage}.py"
     own, headings = _comments(file)
     sources = {"": config.get("stage")}  # a preset comments on what it changes, its stage on all keys; a sweep holds whole configs
     sources |= {f"{key}.": config[key].stage for key in config if isinstance(config[key], ConfigDict) and "stage" in config[key]}
@@ -367,20 +377,12 @@ def setup_devices() -> None:
 
 
 def status(argv: list[str]) -> int:
-    """`w2s status ROOT`: a line per run under ROOT, and how many are done, running, stopped, failed and waiting."""
+    """`w2s status ROOT`: a line per run under ROOT, and how many are done, running, queued, stopped, failed and waiting."""
     if len(argv) != 1 or argv[0].startswith("-"):
         raise UserError(f"status: expected one directory, got {' '.join(argv) or 'none'}")
-    from w2s_jax import runlog
+    from w2s_jax import status as found
 
-    root = argv[0]
-    found = dict(runlog.runs(root))
-    for path in runlog.planned(root):
-        found.setdefault(path, "waiting")
-    for path, state in sorted(found.items(), key=lambda item: str(item[0])):
-        detail = f"  {runlog.read_json(path / 'error.json').get('error', '')}" if state == "failed" else ""
-        print(f"{state:8} {path}{' '.join(detail.splitlines())}")
-    counts = {state: list(found.values()).count(state) for state in ("done", "running", "stopped", "failed", "waiting")}
-    print(", ".join(f"{number} {state}" for state, number in counts.items() if number) or f"no runs under {root}")
+    print("\n".join(found.lines(argv[0])))
     return 0
 
 

@@ -11,7 +11,7 @@ import re
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -64,10 +64,14 @@ def make_mesh(shape, devices=None) -> Mesh:
         sizes[free[0]] = max(len(devices) // known, 1)
     if int(np.prod(sizes)) > len(devices) or (free and len(devices) % known):
         raise UserError(f"mesh: {asked} does not fit the {len(devices)} devices here")
-    used = np.asarray(devices[: int(np.prod(sizes))]).reshape(sizes)
-    if idle := {d.process_index for d in devices} - {d.process_index for d in used.flat}:
+    used = devices[: int(np.prod(sizes))]
+    if idle := {d.process_index for d in devices} - {d.process_index for d in used}:
         raise UserError(f"mesh: {asked} leaves process {min(idle)} of {jax.process_count()} without a device; expected all {len(devices)}")
-    return Mesh(used, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if used[0].platform == "tpu" and len(used) > 1:  # neighbours in the torus are neighbours along an axis
+        grid = mesh_utils.create_device_mesh(sizes, used, allow_split_physical_axes=True)
+    else:
+        grid = np.asarray(used).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def cells(mesh: Mesh) -> int:

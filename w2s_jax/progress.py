@@ -19,7 +19,8 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(int(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -86,7 +87,7 @@ class Progress:
             done, rest = sum(self.weights[at:self.count]), sum(self.weights[self.count:])
         else:
             done, rest = self.count - at, self.total - self.count
-        return f"{_clock((now - start) * rest / done)} left" if done else ""
+        return f"{clock((now - start) * rest / done)} left" if done else ""
 
     def _line(self, now: float) -> None:
         if not self._shown:
@@ -96,7 +97,7 @@ class Progress:
             parts.append(text)
         if left := self._left(now):
             parts.append(left)
-        parts.append(f"{_clock(now - self._begin)} passed")
+        parts.append(f"{clock(now - self._begin)} passed")
         print(", ".join(parts), file=sys.stderr, flush=True)
         self._said, self._dirty = now, False
 

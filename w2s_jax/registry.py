@@ -63,16 +63,17 @@ def fill(config: ConfigDict) -> ConfigDict:
     Left open are: learning_rate unset, remat "auto", revision "", mesh axes 0, and LoRA's settings under train=lora, which are then
     those of the adapter that it starts from (UserError where that cannot be read), or LORA_ARGS. Of a mesh that is partly set the
     other axes take what is left: `data` all devices (1 where another axis is -1), the others 1. A probe of a run waits
-    for the run's model.
+    for the run's model. A plan chooses mesh and remat itself.
     """
     if config.get("stage") == "probe" and config.get("run"):
         return config
     own = defaults(config.get("model") or "")
+    planned = config.get("stage") == "plan"
     if config.get("train") == "lora":
         own["learning_rate"] = own["lora_learning_rate"]
     changes: dict = {key: own[key] for key, open_ in (("learning_rate", None), ("remat", "auto"), ("revision", ""))
-                     if key in config and config[key] == open_}
-    mesh = dict(config.mesh) if "mesh" in config and "model" in config else {}
+                     if key in config and config[key] == open_ and not (planned and key == "remat")}
+    mesh = dict(config.mesh) if "mesh" in config and "model" in config and not planned else {}
     if mesh and not any(mesh.values()):
         changes["mesh"] = own["mesh"]
     elif 0 in mesh.values():

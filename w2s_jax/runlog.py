@@ -39,7 +39,7 @@ __all__ = [
 
 PACKAGES = ("w2s_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers", "datasets", "tokenizers")
 # What --rerun removes, in this order.
-OWNED = ("results.json", "error.json", "metrics.jsonl", "metrics", "predictions", "checkpoints", "best", "tensorboard")
+OWNED = ("results.json", "error.json", "metrics.jsonl", "metrics", "predictions", "checkpoints", "best", "tensorboard", "points")
 FLUSH_SECONDS = 1.0
 
 
@@ -399,6 +399,20 @@ def load_done(run_dir, stage: str) -> LoadedRun:
     if source.results is None:
         raise UserError(f"run={run_dir}: has no results.json yet, expected a finished run")
     return source
+
+
+def clear(path) -> None:
+    """Removes what a run has made, as `rerun` does; nothing where there is no run. UserError where another process writes it."""
+    path = epath.Path(path)
+    if not (path / "config.json").exists():
+        return
+    _check_ours(path)
+    claim = Claim(path, wait=False)
+    try:
+        for name in OWNED:
+            _remove(path / name)
+    finally:
+        claim.release()
 
 
 def state(path) -> str:

@@ -26,6 +26,8 @@ from w2s_jax.forward import compiled
 from w2s_jax.progress import Progress, say
 from w2s_jax.trainable import merge_params, split_params
 
+CELLS = 2  # axis of the cells in the arrays of a dispatch: [group, microbatches, cells, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -123,24 +125,46 @@ def _dispatch(program: Program, trainable, opt_state, loss_state, frozen, key, n
     return jax.lax.fori_loop(0, n, body, (trainable, opt_state, loss_state, jnp.zeros((group, 2), jnp.float32)))
 
 
+def lower(program: Program, *args) -> jax.stages.Lowered:
+    """The program of a dispatch, ready to be compiled; `args` as `_dispatch` takes them, arrays or their shapes with shardings."""
+    s = program.shardings()
+    none = mesh_lib.replicated(program.mesh)
+    call = jax.jit(functools.partial(_dispatch, program), donate_argnums=(0, 1, 2),
+                   out_shardings=(s["trainable"], s["opt_state"], none, none))
+    return call.lower(*args)
+
+
+def abstract_arguments(program: Program, xs: dict) -> tuple:
+    """Shapes with shardings of all that `_dispatch` takes: what a run would hold, for compiling ahead of it.
+
+    `xs`: the arrays of a dispatch, as `stack_inputs` gives them.
+    """
+    def shapes(tree, shardings):
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+
+    s, none = program.shardings(), mesh_lib.replicated(program.mesh)
+    everywhere = lambda tree: shapes(tree, jax.tree.map(lambda _: none, tree))  # noqa: E731
+    cells = mesh_lib.batch_sharding(program.mesh, CELLS)
+    batch = lambda tree: shapes(tree, jax.tree.map(lambda _: cells, tree))  # noqa: E731
+    trainable, frozen = split_params(program.model.abstract, program.train)
+    state = jax.eval_shape(program.optimizer.init, trainable)
+    return (shapes(trainable, s["trainable"]), shapes(state, s["opt_state"]), everywhere(jax.eval_shape(program.loss.init_state)),
+            shapes(frozen, s["frozen"]), everywhere(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))),
+            everywhere(jax.ShapeDtypeStruct((), jnp.int32)), {k: batch(v) if k == "batch" else everywhere(v) for k, v in xs.items()})
+
+
 def _run_dispatch(program: Program, stats: dict, *args):
     signature = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(args[-1]))
-
-    def make():
-        s = program.shardings()
-        none = mesh_lib.replicated(program.mesh)
-        call = jax.jit(functools.partial(_dispatch, program), donate_argnums=(0, 1, 2),
-                       out_shardings=(s["trainable"], s["opt_state"], none, none))
-        return call.lower(*args).compile()
-    return compiled((program, signature), make, stats)(*args)
+    return compiled((program, signature), lambda: lower(program, *args).compile(), stats)(*args)
 
 
 # --------------------------------------------------------------------------- the run
 
 
-def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: int, corpus: Corpus, rates, coefficients, mesh) -> dict:
-    """The arrays of one dispatch on the devices, with room for `group` steps; of the batches this process makes its own cells."""
-    rows, own = [], mesh_lib.own_cells(mesh)
+def stack_inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: int, corpus: Corpus, rates, coefficients,
+                 own=None) -> dict:
+    """The arrays of one dispatch, with room for `group` steps; of the batches the cells `own`, None = all."""
+    rows = []
     for s in dispatch:
         docs = plan.batches[s]
         batch, where = corpus.assemble(docs, plan, shape, own)
@@ -153,9 +177,14 @@ def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: in
             "lr": np.float32(rates[s]), "coefficient": np.float32(coefficients[s]), "step": np.int32(s),
         })
     rows += [rows[-1]] * (group - len(rows))
-    stacked = jax.tree.map(lambda *a: np.stack(a), *rows)
-    batch = {k: mesh_lib.put_cells(v, mesh, 2) for k, v in stacked.pop("batch").items()}
-    return mesh_lib.put(stacked, mesh_lib.replicated(mesh)) | {"batch": batch}
+    return jax.tree.map(lambda *a: np.stack(a), *rows)
+
+
+def _inputs(plan: packing.Plan, dispatch: range, shape: packing.Shape, group: int, corpus: Corpus, rates, coefficients, mesh) -> dict:
+    """The arrays of one dispatch on the devices, each process making its own cells; see `stack_inputs`."""
+    xs = stack_inputs(plan, dispatch, shape, group, corpus, rates, coefficients, mesh_lib.own_cells(mesh))
+    batch = {k: mesh_lib.put_cells(v, mesh, CELLS) for k, v in xs.pop("batch").items()}
+    return mesh_lib.put(xs, mesh_lib.replicated(mesh)) | {"batch": batch}
 
 
 @interrupts.deferred()

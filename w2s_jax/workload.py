@@ -270,9 +270,14 @@ def restore(source: runlog.LoadedRun, config=None) -> Loaded:
 
 def forward_tokens(config, tokens: Sequence[np.ndarray], mesh) -> int:
     """Tokens of a forward pass: from `eval_batch_size` documents, else by the kind of device."""
+    return tokens_per_batch(config, tokens, mesh_lib.cells(mesh), mesh.devices.flat[0].platform)
+
+
+def tokens_per_batch(config, tokens: Sequence[np.ndarray], cells: int, platform: str) -> int:
+    """`forward_tokens` for `cells` places along data x fsdp of a platform, which need not be here."""
     if config.eval_batch_size:
         return max(int(config.eval_batch_size * float(np.mean([len(t) for t in tokens]))), max(len(t) for t in tokens))
-    return FORWARD_TOKENS.get(jax.default_backend(), _FORWARD_TOKENS) * mesh_lib.cells(mesh)
+    return FORWARD_TOKENS.get(platform, _FORWARD_TOKENS) * cells
 
 
 def predict(config, model, params, examples: Examples, mesh, *, label: str, stats: dict) -> np.ndarray:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from w2s_jax.constraints import spread
 from w2s_jax.errors import UserError, nearest
 from w2s_jax.models import attention as attention_lib
 from w2s_jax.models import heads, weights, writing
@@ -115,6 +116,7 @@ class Model:
             x = norm(heads.gather_first(x, batch["last"], batch["positions"]))
         else:
             x = norm(heads.gather_last(x, batch["last"]))
+        x = spread(x)
         if "pooler" in params:
             x = network.pooler(x.astype(self.compute.dtype))
         return network.head(x)

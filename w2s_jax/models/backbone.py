@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from w2s_jax.constraints import spread
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.attention import angles, attend, check, prepare, rotate
 from w2s_jax.models.dropout import ADAPTERS, ATTENTION, EMBEDDING, MLP, dropout, token_keys
@@ -67,13 +68,13 @@ class Embed(nnx.Module):
         self.offset, self.scale = arch.position_offset, arch.embed_scale
 
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        x = self.tokens(tokens)
+        x = self.tokens(tokens, "backbone/embed/tokens/embedding")
         if self.scale != 1.0:
             x = x * jnp.asarray(self.scale, x.dtype)
         if self.types is not None:
-            x = x + self.types(jnp.zeros_like(tokens))
+            x = x + self.types(jnp.zeros_like(tokens), "backbone/embed/types/embedding")
         if self.positions is not None:
-            x = x + self.positions(positions + self.offset if self.offset else positions)
+            x = x + self.positions(positions + self.offset if self.offset else positions, "backbone/embed/positions/embedding")
         return x if self.norm is None else self.norm(x)
 
 
@@ -100,16 +101,16 @@ class Attention(nnx.Module):
         """Queries [rows, time, heads, head_dim], keys and values [rows, time, kv_heads, head_dim]."""
         arch, (rows, time, _) = self.arch, x.shape
         if arch.qkv == "interleaved":
-            q, k, v = jnp.split(self.qkv(x, drop).reshape(rows, time, arch.heads, 3 * arch.head_dim), 3, axis=-1)
-            return q, k, v
+            qkv = spread(self.qkv(x, drop).reshape(rows, time, arch.heads, 3 * arch.head_dim), model=2)
+            return tuple(jnp.split(qkv, 3, axis=-1))
         if arch.qkv == "fused":
             ends = (arch.heads * arch.head_dim, (arch.heads + arch.kv_heads) * arch.head_dim)
-            q, k, v = jnp.split(self.qkv(x, drop), ends, axis=-1)
+            q, k, v = self.qkv.parts(x, ends, drop)
         else:
             q, k, v = self.q(x, drop), self.k(x, drop), self.v(x, drop)
         if arch.qk_norm == "whole":
             q, k = self.q_norm(q, jnp.float32), self.k_norm(k, jnp.float32)
-        q, k, v = (t.reshape(rows, time, -1, arch.head_dim) for t in (q, k, v))
+        q, k, v = (spread(t.reshape(rows, time, -1, arch.head_dim), model=2) for t in (q, k, v))
         if arch.qk_norm == "head":
             q, k = self.q_norm(q, jnp.float32), self.k_norm(k, jnp.float32)
         return q, k, v
@@ -123,7 +124,7 @@ class Attention(nnx.Module):
         if arch.scale_by_layer:
             q = q / (layer + 1).astype(q.dtype)
         q, k = q.astype(x.dtype), k.astype(x.dtype)
-        y = attend(q, k, v, plan, arch.kinds, kind, scale=arch.attention_scale)
+        y = spread(attend(q, k, v, plan, arch.kinds, kind, scale=arch.attention_scale), model=2)
         return self.out(checkpoint_name(y.reshape(rows, time, -1), "attention"), drop)
 
 
@@ -139,7 +140,7 @@ class Mlp(nnx.Module):
                 self.gate = linear("gate", arch.mlp)
         self.down = Linear(arch.mlp, arch.embed, _out_std(arch), compute, bias=arch.mlp_bias,
                            adapter=compute.adapter("mlp/down"), rngs=rngs)
-        self.kind, self.activation = arch.mlp_kind, arch.activation
+        self.kind, self.activation, self.width = arch.mlp_kind, arch.activation, arch.mlp
 
     def __call__(self, x: jax.Array, drop) -> jax.Array:
         def act(y):  # in float32: one rounding at the end, and no cost, since it is fused
@@ -147,7 +148,7 @@ class Mlp(nnx.Module):
 
         if self.kind == "plain":
             return self.down(act(self.up(x, drop)).astype(x.dtype), drop)
-        gate, up = jnp.split(self.gate_up(x, drop), 2, axis=-1) if self.kind == "fused" else (self.gate(x, drop), self.up(x, drop))
+        gate, up = self.gate_up.parts(x, (self.width,), drop) if self.kind == "fused" else (self.gate(x, drop), self.up(x, drop))
         return self.down((act(gate) * up.astype(jnp.float32)).astype(x.dtype), drop)
 
 
@@ -261,12 +262,12 @@ class Backbone(nnx.Module):
         """The embeddings [rows, time, embed], `body(x, layer's parameters, its number, its kind)`, and each layer's kind."""
         arch = self.arch
         keys = token_keys(dropout_key, segments, positions) if dropout_key is not None and self.noisy else None
-        x = dropout(self.embed(tokens, positions), keys, self.rate, EMBEDDING, 0)
+        x = spread(dropout(self.embed(tokens, positions), keys, self.rate, EMBEDDING, 0))
         plan = prepare(segments, arch.kinds, arch.causal, width=arch.head_dim, dtype=self.dtype, cap=arch.attention_cap,
                        implementation=self.attention, one_document=one_document)
         turns = angles(positions, arch.kinds)
 
         def body(x, layer, index, kind):
-            return layer(x, plan, turns, index, kind, keys)
+            return spread(layer(x, plan, turns, index, kind, keys))
 
         return x, body, jnp.asarray(arch.kind_of or (0,) * arch.layers)

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from w2s_jax.constraints import axis_sizes, gathered, take_rows
+
+Drop = Callable[[jax.Array, float, int], jax.Array]  # (x, rate, site) -> x
 _tanh_gelu = lambda x: jax.nn.gelu(x, approximate=True)  # noqa: E731
 _exact_gelu = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
 
@@ -66,22 +69,37 @@ class Linear(nnx.Module):
             self.lora_b = nnx.Param(jnp.zeros((adapter.rank, outputs), jnp.float32))
         self.dtype, self.adapter = compute.dtype, adapter
 
-    def __call__(self, x: jax.Array, drop: Callable[[jax.Array, float, int], jax.Array] | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, drop: Drop | None = None) -> jax.Array:
         """`drop(x, rate, site)`: dropout on the adapter's input."""
+        return self._product(x, drop, lambda parameter: parameter)
+
+    def parts(self, x: jax.Array, ends: tuple[int, ...], drop: Drop | None = None) -> list[jax.Array]:
+        """The product in parts, outputs cut at `ends`.
+
+        Where devices share the outputs, the matrix is cut in place of the product: a device's columns of a fused matrix are not those
+        of its heads, and to move weights is less than to move every token's product with them.
+        """
+        if axis_sizes(x).get("model", 1) == 1:
+            return jnp.split(self(x, drop), ends, axis=-1)
+        places = zip((0, *ends), (*ends, self.kernel.shape[-1]))
+        return [self._product(x, drop, lambda parameter, cut=slice(*place): gathered(parameter[..., cut], x, -1)) for place in places]
+
+    def _product(self, x: jax.Array, drop: Drop | None, part: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """With `part` of the kernel, the bias and lora_b."""
         shape, whole = x.shape, x
         # Two dimensions: XLA's CPU backend would transpose a three-dimensional operand for the kernel's gradient.
-        x, kernel = x.reshape(-1, shape[-1]), self.kernel[...].astype(self.dtype)
+        x, kernel = x.reshape(-1, shape[-1]), part(self.kernel[...]).astype(self.dtype)
         if self.bias is None and self.adapter is None:
             y = x @ kernel
         else:  # rounded once, after the sum
             y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
             if self.bias is not None:
-                y = y + self.bias[...].astype(jnp.float32)
+                y = y + part(self.bias[...]).astype(jnp.float32)
         if self.adapter is not None:
             if drop is not None and self.adapter.dropout:
                 x = drop(whole, self.adapter.dropout, self.adapter.site).reshape(x.shape)
             low = jnp.matmul(x, self.lora_a[...].astype(self.dtype), preferred_element_type=jnp.float32)
-            y = y + self.adapter.scale * jnp.matmul(low, self.lora_b[...])
+            y = y + self.adapter.scale * jnp.matmul(low, part(self.lora_b[...]))
         return checkpoint_name(y.astype(self.dtype).reshape(*shape[:-1], -1), "linear")
 
 
@@ -117,5 +135,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(nnx.initializers.normal(std)(rngs.params(), (rows, width), compute.param_dtype))
         self.dtype = compute.dtype
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.embedding[...].at[ids].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
+    def __call__(self, ids: jax.Array, path: str | None = None) -> jax.Array:
+        """[..., width]. `path`: of the parameter, where the table is large enough to stay split over devices (constraints.take_rows)."""
+        rows = lambda table, ids: table.at[ids].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)  # noqa: E731
+        return rows(self.embedding[...], ids) if path is None else take_rows(self.embedding[...], ids, path, rows)

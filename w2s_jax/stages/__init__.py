@@ -62,7 +62,8 @@ def prepare(config) -> dict:
     """Options for `run`: what can be read and checked of a stage's input before jax is imported (see `main.py`).
 
     Raises:
-        UserError: documents, labels, a run to label, probe, export or combine, or the lists of a sweep are not what the stage needs.
+        UserError: documents, labels, a run to label, probe, export or combine, the lists of a sweep, or the
+            models and the compiler of a plan are not what the stage needs.
     """
     if config.stage in ("finetune", "probe"):
         from w2s_jax import runlog
@@ -86,14 +87,21 @@ def prepare(config) -> dict:
 
         for path in config.runs:
             runlog.load_done(path, "label")
+    elif config.stage == "plan":
+        from w2s_jax import chips, hub
+
+        for name in config.topologies or (config.topology,):
+            chips.check_compiler(chips.topology(name))
+        return {"sources": hub.config_jsons(config)}
     elif config.stage == "prompt":
         from w2s_jax.data import prompts
 
         return {"prepared": prompts.prepare(prompts.resolve(config))}
     elif config.stage == "sweep":
-        from w2s_jax import graph
+        from w2s_jax import graph, slurm
 
         graph.check(config)
+        slurm.check(config.slurm)
     return {}
 
 

@@ -30,6 +30,7 @@ from w2s_jax import config as config_lib
 from w2s_jax import feeding, forward, hub, losses, models, optimizers, registry, train, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import packing, splits, world
+from w2s_jax.data.lengths import sciq_lengths
 from w2s_jax.errors import UserError
 from w2s_jax.files import plain, write_text
 from w2s_jax.progress import Progress, say
@@ -47,17 +48,6 @@ RATE = 5e-5  # learning rate of both sides
 COMPARED = 2  # first steps whose losses are compared
 _YARD = 2048  # side of the yardstick's matrices
 SMALL = {"width": 64, "layers": 2, "heads": 2, "context": 128, "vocab": 1000}  # the model that start-up is timed with
-
-# Lengths of SciQ's training questions in GPT-2's tokens (mean 21.7), as quantiles.
-SCIQ = {0: 10, 0.01: 12, 0.05: 14, 0.1: 15, 0.2: 17, 0.3: 18, 0.4: 19, 0.5: 21, 0.6: 22, 0.7: 24, 0.8: 26, 0.9: 29, 0.95: 33,
-        0.975: 37, 0.99: 43, 0.995: 49, 0.999: 63, 1: 90}
-
-
-def sciq_lengths(documents: int, seed: int) -> np.ndarray:
-    """Lengths in tokens, int `[documents]`, drawn from SciQ's distribution."""
-    u = np.random.default_rng(np.random.SeedSequence([seed, 0x5C19])).random(documents)
-    return np.interp(u, list(SCIQ), list(SCIQ.values())).round().astype(int)
-
 
 def identity(config, planned: dict | None = None) -> dict:
     """Every key: a measurement depends on how it is executed."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from w2s_jax.constraints import spread
 from w2s_jax.errors import UserError
 from w2s_jax.models.backbone import REMAT
 from w2s_jax.models.layers import ACTIVATIONS, Compute
@@ -44,7 +45,7 @@ class Conv(nnx.Module):
                                          ((self.padding,) * 2,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         if self.bias is not None:
             x = (x.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
-        return checkpoint_name(x, "linear")
+        return checkpoint_name(spread(x), "linear")
 
 
 class FrozenNorm(nnx.Module):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from w2s_jax.constraints import spread
 from w2s_jax.errors import UserError
 from w2s_jax.models.attention import check, prepare
 from w2s_jax.models.backbone import REMAT, Layer
@@ -109,7 +110,7 @@ class ViTBackbone(nnx.Module):
         [images, 2 * embed], the mean of the patches' states beside the class token's.
         """
         stack, compute = self.arch.stack, self.compute
-        x = self.embed(x)
+        x = spread(self.embed(x))
         segments = jnp.ones(x.shape[:2], jnp.int32)
         if keys is not None:
             key, numbers = keys
@@ -121,7 +122,7 @@ class ViTBackbone(nnx.Module):
 
         def step(x, scanned):
             layer, index = scanned
-            return layer(x, plan, None, index, jnp.zeros((), jnp.int32), keys), None
+            return spread(layer(x, plan, None, index, jnp.zeros((), jnp.int32), keys)), None
 
         step = jax.checkpoint(step, policy=REMAT[compute.remat], prevent_cse=False)
         x = jax.lax.scan(step, x, (self.layers, jnp.arange(stack.layers)))[0]
