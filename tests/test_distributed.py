@@ -87,6 +87,7 @@ def test_each_process_reads_its_share(alone, two, root, tiny_model):
     for part in parts:
         assert part["weights"] <= (whole["weights"] - replicated) // 2 + replicated
     assert sum(part["weights"] for part in parts) >= whole["weights"]
+    assert [bool(part["fingerprints"]) for part in parts] == [True, False]
 
 
 def test_labels_of_four_processes_are_those_of_one(launch, two, root):  # noqa: F811
@@ -236,6 +237,14 @@ def test_pretraining_and_export(launch, two, root):  # noqa: F811
         assert one.keys() == several.keys()
         for key, value in one.items():
             np.testing.assert_allclose(value, several[key], rtol=0, atol=tolerance, err_msg=key)
+
+
+def test_prompts(launch, tmp_path):  # noqa: F811
+    model = tiny.write_tokenizer(tiny.write_model(tmp_path / "model", n_positions=128))
+    task = tiny.write_texts(tmp_path / "task")
+    for n in (1, 2):
+        launch(n, *command("prompt", tmp_path / f"prompt{n}", model=model, task=task, shots=2, answers=" Yes,the"), devices=2 // n).done()
+    same(tmp_path / "prompt1", tmp_path / "prompt2")
 
 
 SWEEP = {"base__batch_size": 8, "base__epochs": 1, "base__learning_rate": 3e-3, "base__mesh__data": 2, "base__mesh__fsdp": 1,
