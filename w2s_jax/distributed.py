@@ -57,6 +57,7 @@ def initialize_jax(environ: Mapping[str, str] = os.environ) -> None:
         return
     job = _group.job
     host = job.host if job.process == 0 else _group.peers[0].sock.getpeername()[0]
+    barrier("devices")  # jax waits for the others too, but aborts where that takes long
     port = once(lambda: rollcall.free_port(job.host), "port")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM over (see `due`)
@@ -67,6 +68,7 @@ def initialize_jax(environ: Mapping[str, str] = os.environ) -> None:
     try:
         jax.distributed.initialize(
             address, job.processes, job.process, local_device_ids=_own_devices(job, environ), cluster_detection_method="deactivate",
+            coordinator_bind_address=f"{rollcall.bind_address(job.host) or ('[::]' if ':' in host else '0.0.0.0')}:{port}",
             initialization_timeout=60, shutdown_timeout_seconds=60)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"process {job.process} of {job.processes}: jax.distributed at {address}: {str(error).splitlines()[0]}") from error
@@ -165,7 +167,7 @@ class _Group:
         self._stop_at: int | None = None
         self._stop_asked, self._stop_told = False, set()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="w2s-processes", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="w2s-processes", daemon=True)
         self._thread.start()
 
     def _who(self, process: int) -> str:
@@ -241,9 +243,9 @@ class _Group:
             self.end(2, f"error: {line}")
         self._tell({"all_failed": self._calls})
 
-    def end(self, code: int, line: str, everywhere: bool = False) -> None:
-        """Ends this process and all others. The line is printed by process 0, or by all."""
-        if not self.main and not everywhere:
+    def end(self, code: int, line: str, all_say: bool = False) -> None:
+        """Ends this process and all others, in any thread. The line is printed by process 0, or by all."""
+        if not self.main and not all_say:
             self.peers[0].send({"failed": code, "line": line})
             time.sleep(2 * GRACE_SECONDS)  # process 0 ends this one
         self._ending.acquire()  # for good: one thread ends the process
@@ -251,7 +253,7 @@ class _Group:
             sys.stdout.flush()
             print(line, file=sys.stderr, flush=True)
         if self.main:
-            self._tell({"end": code, "line": line if everywhere else ""})
+            self._tell({"end": code, "line": line if all_say else ""})
         os._exit(code)
 
     def leave(self) -> None:
@@ -280,6 +282,12 @@ class _Group:
 
     # the thread
 
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # unwatched, the others would wait for this process
+            self.end(1, f"error: {self._who(self.job.process)}: {type(error).__name__}: {error}", all_say=True)
+
     def _watch(self) -> None:
         selector = selectors.DefaultSelector()
         for peer in self.peers.values():
@@ -292,7 +300,7 @@ class _Group:
                     selector.unregister(key.fileobj)
                     if not key.data.left:
                         self.end(LOST, f"error: {self._who(key.data.process)} is gone; this run stops, and the same command goes on from "
-                                       "its last checkpoint", everywhere=True)
+                                       "its last checkpoint", all_say=True)
                 for message in messages or ():
                     self._handle(key.data, message)
             if not self.main and interrupts.requested() and not asked:
