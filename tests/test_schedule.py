@@ -205,7 +205,7 @@ def recorder(tmp_path, monkeypatch):
 
 def submit(graph, **keys):
     config = tiny.set_keys(shipped("sweep"), **keys)
-    return slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), config)
+    return slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), config, stages.SEVERAL)
 
 
 @pytest.mark.parametrize("folder", ["plain", "it's $HOME; \"50%a\" `x` & co"])
@@ -298,7 +298,7 @@ def test_a_machine_without_slurm(graph, monkeypatch, tmp_path):
 
 def test_a_dry_run_submits_nothing(graph, capsys):
     config = shipped("sweep")
-    slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), config, dry_run=True)
+    slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), config, stages.SEVERAL, dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     assert [w[0] for w in words] == ["sbatch"] * 5 and "--dependency=afterany:<1-02-label>" in words[3]

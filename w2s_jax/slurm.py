@@ -27,7 +27,6 @@ from w2s_jax.progress import say
 from w2s_jax.schedule import ALL, Array
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-SEVERAL = ("finetune", "label", "pretrain")  # stages of a sweep that run in several processes
 FOLDER = "slurm"  # under the sweep's root
 
 
@@ -200,8 +199,8 @@ def _ask(*words: str) -> str:
     return answer.stdout
 
 
-def submit(graph: Graph, todo, work: dict[str, float], config, dry_run: bool = False) -> dict[str, str]:
-    """Submits the runs `todo` that are not in the queue already, and the report.
+def submit(graph: Graph, todo, work: dict[str, float], config, several, dry_run: bool = False) -> dict[str, str]:
+    """Submits the runs `todo` that are not in the queue already, and the report. `several`: the stages that run in several processes.
 
     Returns the job of every run that is queued now. UserError: no SLURM here, or sbatch refuses; what was submitted before stays.
     """
@@ -224,7 +223,7 @@ def submit(graph: Graph, todo, work: dict[str, float], config, dry_run: bool = F
             say(f"in the queue already: {len(already)} run{'s' * (len(already) > 1)}")
         arrays = schedule.arrays(graph, left, work, queued)
         for array in arrays:  # all of them fit before one is submitted
-            if processes(array.devices, options) > 1 and array.stage not in SEVERAL:
+            if processes(array.devices, options) > 1 and array.stage not in several:
                 raise UserError(f"{array.runs[0]}: its mesh takes {processes(array.devices, options)} processes, but the stage "
                                 f"{array.stage} runs in one; expected config.slurm.devices={array.devices} or more, or a smaller mesh")
         ids: dict[str, str] = {}

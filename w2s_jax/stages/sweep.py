@@ -49,7 +49,7 @@ def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> 
     if dry_run:
         distributed.once(lambda: print("\n".join(_table(graph, states))), "table")
         if config.executor == "slurm":
-            slurm.submit(graph, todo, work, config, dry_run=True)
+            slurm.submit(graph, todo, work, config, stages.SEVERAL, dry_run=True)
         return {"runs": states, "pairs": graph.pairs}
 
     def record() -> None:
@@ -60,7 +60,8 @@ def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> 
 
     if todo and config.executor == "slurm":
         _clear(root, todo, rerun)
-        return {"runs": states | dict.fromkeys(slurm.submit(graph, todo, work, config), "queued"), "pairs": graph.pairs}
+        queued = slurm.submit(graph, todo, work, config, stages.SEVERAL)
+        return {"runs": states | dict.fromkeys(queued, "queued"), "pairs": graph.pairs}
     if config.executor == "devices":
         failed = _on_devices(graph, root, todo, work, config, rerun)
     else:
