@@ -61,10 +61,11 @@ note("end")
 """
         return [sys.executable, "-c", code]
 
-    def pool(self, slots=2, todo=None):
+    def pool(self, slots=2):
         self.root.mkdir(parents=True, exist_ok=True)
+        need = {name: schedule.devices(self.graph, node) for name, node in self.graph.nodes.items()}
         devices = pool.Devices("cpu", tuple(map(str, range(slots))))
-        return pool.Pool(self.graph, todo or list(self.graph.nodes), self.work, devices, self.root / "logs")
+        return pool.Pool(self.graph, list(self.graph.nodes), self.work, need, devices, self.root / "logs")
 
     def notes(self) -> list[tuple[str, str]]:
         lines = [line.split() for line in (self.root / "notes").read_text().splitlines()]
@@ -208,3 +209,22 @@ def test_a_sweep_that_is_stopped_and_goes_on_is_the_one_of_one_process(swept, tm
     assert again.returncode == 0, again.stderr
     sweeps.assert_same(root, swept.root, swept.runs)
     assert status.lines(str(root))[-1] == "4 done"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells a process that its parent died")
+def test_a_process_whose_pool_was_killed_ends(tmp_path):
+    """The run of a pool that got SIGKILL gets SIGTERM."""
+    child = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom w2s_jax import interrupts\n"
+             "interrupts.follow_parent(); print('ready', flush=True); time.sleep(60)")
+    parent = (f"import os, subprocess, sys, time\nprocess = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, "
+              "env=os.environ | {'W2S_PARENT': str(os.getpid())}, start_new_session=True)\nprocess.stdout.readline()\n"
+              "print(process.pid, flush=True)\ntime.sleep(60)")
+    pool_ = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    pid = int(pool_.stdout.readline())
+    pool_.kill()
+    pool_.wait()
+    for _ in range(200):
+        if not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} lives on")

@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 def cli() -> None:
     """The command `w2s`."""
     interrupts.install()
+    interrupts.follow_parent()
     sys.exit(main())
 
 
