@@ -369,7 +369,7 @@ def test_the_wheel_carries_the_configs_and_the_command(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
         points = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
-        assert "w2s = w2s_jax.main:cli" in archive.read(points).decode()
+        assert "w2s = w2s_jax.main:cli" in archive.read(points).decode() and "w2s_jax/job.sh" in archive.namelist()
     code = "from w2s_jax import config, runlog; print(config.folder()); print(*config.names()); print(runlog.commit())"
     command, env = [sys.executable, "-c", code], {"PYTHONPATH": str(tmp_path / "site")}
     ran = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)

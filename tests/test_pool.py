@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,20 @@ def test_the_environment_of_a_process(platform, ids, held, expected):
     assert {key: got.get(key) for key in expected} == expected
     assert got["HOME"] == "/home/me" and not any(key.startswith(("SLURM", "OMPI")) for key in got)  # it is no cluster's process
     assert str(ROOT) in got["PYTHONPATH"].split(os.pathsep)
+
+
+def test_chips_of_a_tpu_go_in_rectangles(runs):
+    runs.add("a")
+    made = runs.pool()
+    made.devices = pool.Devices("tpu", tuple("01234567"))
+
+    def free(count, *held):
+        made.running = {str(h): types.SimpleNamespace(held=h) for h in held}
+        return made._free(count)
+
+    assert free(1, ("0",)) == ("1",) and free(2, ("0",)) == ("2", "3") and free(4, ("1",)) == tuple("4567")
+    assert free(4, ("1",), ("6",)) is None and free(8, ("1",)) is None and free(8) == tuple("01234567")
+    made.running = {}
 
 
 def test_the_devices_here():

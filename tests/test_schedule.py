@@ -319,6 +319,14 @@ def test_a_dry_run_submits_nothing(graph, capsys):
     assert not Path(graph.root).exists()
 
 
+def test_who_plans_holds_no_device(cli, tiny_model, tiny_task, tmp_path):
+    """Planning a sweep imports jax and asks it for no device: on a login node there is none, and a pool leaves them to its runs."""
+    other = tiny.write_model(tmp_path / "other", n_embd=24, n_inner=96)
+    keys = {"models": f"{tiny_model},{other}", "tasks": tiny_task, "executor": "slurm", "slurm__chip": "h100"}
+    done = cli("--config=sweep", *tiny.flags(**keys), f"--workdir={tmp_path / 'root'}", "--dry_run", JAX_PLATFORMS="nowhere")
+    assert done.returncode == 0 and done.stdout.count("--gres=gpu:1 ") == 4, done.stderr
+
+
 def test_logs_of_an_object_store_have_a_place(tmp_path):
     with pytest.raises(UserError, match="config.logs: '', expected a local folder"):
         schedule.folder("gs://bucket/sweep", "", "slurm")

@@ -131,7 +131,6 @@ class Pool:
         self.waiting = [name for name in sorted(graph.nodes, key=lambda name: -work[name]) if name in set(todo)]
         self.total = len(self.waiting)
         self.needs = {name: self._need(name, need[name]) for name in self.waiting}
-        self.free = list(devices.ids)
         self.running: dict[str, _Child] = {}
         self.done: list[str] = []
         self.failed: dict[str, str] = {}
@@ -202,13 +201,21 @@ class Pool:
             if broken := [parent for parent in parents if parent in self.failed]:
                 self.waiting.remove(name)
                 self._fail(name, f"needs {broken[0]}, which failed")
-            elif self.needs[name] <= len(self.free) and not any(p in self.waiting or p in self.running for p in parents):
-                self.waiting.remove(name)
-                self._start(name)
+            elif not any(p in self.waiting or p in self.running for p in parents):
+                if (held := self._free(self.needs[name])) is not None:
+                    self.waiting.remove(name)
+                    self._start(name, held)
 
-    def _start(self, name: str) -> None:
-        held = tuple(self.free[: self.needs[name]])
-        self.free = self.free[len(held):]
+    def _free(self, count: int) -> tuple[str, ...] | None:
+        """So many free devices, of a TPU a rectangle of chips; None where there are not."""
+        ids = self.devices.ids
+        free = [i for i in ids if not any(i in child.held for child in self.running.values())]
+        if self.devices.platform == "tpu" and 1 < count < len(ids):
+            blocks = [ids[at: at + count] for at in range(0, len(ids) - count + 1, count)]
+            return next((block for block in blocks if set(block) <= set(free)), None)
+        return tuple(free[:count]) if count <= len(free) else None
+
+    def _start(self, name: str, held: tuple[str, ...]) -> None:
         log = self.logs / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         cores = _cores()
@@ -236,7 +243,6 @@ class Pool:
             if code is None:
                 continue
             del self.running[name]
-            self.free += child.held
             seconds = clock(time.monotonic() - child.begin)
             path = self.graph.root / name
             if code == 0 and runlog.state(path) == "done":
