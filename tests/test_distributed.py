@@ -5,7 +5,6 @@ import json
 import signal
 import socket
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -97,24 +96,30 @@ def test_labels_of_four_processes_are_those_of_one(launch, two, root):  # noqa: 
     same(root / "labels1", root / "labels4", "train")
 
 
-def test_stopped_and_gone_on_by_other_numbers_of_processes(launch, finetune, root):  # noqa: F811
-    """SIGTERM to one of two: all save and exit; four go on, on another mesh, and are stopped; one ends it."""
-    keys = {"epochs": 8, "learning_rate": 1e-4}
+def rows(run) -> int:
+    """Lines of its metrics so far."""
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def test_stopped_and_gone_on_by_other_numbers_of_processes(launch, alone, two, finetune, root):  # noqa: F811
+    """SIGTERM to one process, to one of two, to one of four on another mesh: each time all save and exit; one process ends the run."""
+    keys = {"epochs": 24, "learning_rate": 3e-5}
     launch(1, *finetune(root / "straight", **keys), devices=4).done()
     run = root / "stopped"
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__model": 2}
-    for n, devices, which, changes in ((2, 2, 1, {}), (4, 2, 0, mesh)):
+    for n, devices, which, changes in ((1, 4, 0, {}), (2, 2, 1, {}), (4, 2, 0, mesh)):
+        before = rows(run)
         job = launch(n, *finetune(run, **keys | changes), devices=devices)
-        job.until(lambda job=job: "train xent" in job.err().replace("train xent: resumed", ""))
+        job.until(lambda before=before: rows(run) > before)
         assert job.signal(which, signal.SIGTERM).wait(100) == [75] * n, job.text()
-        assert job.err().splitlines()[-1].startswith("stopped by SIGTERM; the same command goes on at step "), job.text()
-        assert job.err(1) == "" and not (run / "error.json").exists() and not (run / ".owner").exists()
+        assert job.err().splitlines()[-1] == f"stopped by SIGTERM; the same command goes on at step {rows(run)} of 192", job.text()
+        assert not (run / "error.json").exists() and not (run / ".owner").exists()
+        assert all(job.err(number) == "" for number in range(1, n))
     launch(1, *finetune(run, **keys), devices=4).done()
     starts = w2s_jax.load(run).record["starts"]
-    assert [start["devices"]["processes"] for start in starts] == [2, 4, 1]
+    assert [start["devices"]["processes"] for start in starts] == [1, 2, 4, 1]
     same(root / "straight", run)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4),
-                 w2s_jax.load(root / "straight").model().params, w2s_jax.load(run).model().params)
 
 
 # --------------------------------------------------------------------------- ends
@@ -124,7 +129,7 @@ def test_stopped_and_gone_on_by_other_numbers_of_processes(launch, finetune, roo
 def test_a_lost_process_ends_the_job(victim, launch, finetune, root):  # noqa: F811
     run = root / f"lost{victim}"
     job = launch(2, *finetune(run, epochs=200), devices=2)
-    job.until(lambda: "train xent" in job.err())
+    job.until(lambda: rows(run) > 0)
     assert job.signal(victim).wait(20)[1 - victim] == 3, job.text()
     line = job.err(1 - victim).splitlines()[-1]
     pid = job.processes[victim].pid

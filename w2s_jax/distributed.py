@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from w2s_jax import interrupts, rollcall
+from w2s_jax import interrupts, relay, rollcall
 from w2s_jax.errors import UserError
 from w2s_jax.launchers import Job
 
@@ -56,22 +56,25 @@ def initialize_jax(environ: Mapping[str, str] = os.environ) -> None:
     if _group is None:
         return
     job = _group.job
-    host = job.host if job.process == 0 else _group.peers[0].sock.getpeername()[0]
     barrier("devices")  # jax waits for the others too, but aborts where that takes long
     port = once(lambda: rollcall.free_port(job.host), "port")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM over (see `due`)
     jax.config.update("jax_check_proxy_envs", False)
-    os.environ["no_grpc_proxy"] = ",".join(filter(None, (os.environ.get("no_grpc_proxy"), host)))
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, (os.environ.get("no_grpc_proxy"), "127.0.0.1")))
+    inside = rollcall.bind_address(job.host)
+    listens = f"[{inside or '::'}]" if ":" in job.host else inside or "0.0.0.0"
+    here = inside or ("::1" if ":" in job.host else "127.0.0.1")
+    own = relay.start(here if job.process == 0 else _group.peers[0].sock.getpeername()[0], port)
     _divert_stdout()
     try:
         jax.distributed.initialize(
-            address, job.processes, job.process, local_device_ids=_own_devices(job, environ), cluster_detection_method="deactivate",
-            coordinator_bind_address=f"{rollcall.bind_address(job.host) or ('[::]' if ':' in host else '0.0.0.0')}:{port}",
-            initialization_timeout=60, shutdown_timeout_seconds=60)
+            f"127.0.0.1:{own}", job.processes, job.process, local_device_ids=_own_devices(job, environ),
+            cluster_detection_method="deactivate", coordinator_bind_address=f"{listens}:{port}", initialization_timeout=60,
+            shutdown_timeout_seconds=60)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"process {job.process} of {job.processes}: jax.distributed at {address}: {str(error).splitlines()[0]}") from error
+        line = str(error).splitlines()[0]
+        raise UserError(f"process {job.process} of {job.processes}: jax.distributed at {job.host}:{port}: {line}") from error
     _group.uses_jax = True
 
 
