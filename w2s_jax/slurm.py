@@ -36,7 +36,7 @@ FOLDER = "slurm"  # under the sweep's root
 
 def check(options) -> None:
     """UserError where the keys `config.slurm.*` are not what sbatch takes."""
-    if options.time and seconds(options.time) <= options.grace:
+    if options.time and 0 < seconds(options.time) <= options.grace:  # 0 = no limit
         raise UserError(f"config.slurm.grace: {options.grace} seconds, expected fewer than config.slurm.time={options.time} has")
     if options.mem and not re.fullmatch(r"\d+[KMGT]?", options.mem):
         raise UserError(f"config.slurm.mem: {options.mem!r}, expected a number with K, M, G or T")
