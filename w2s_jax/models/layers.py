@@ -51,6 +51,25 @@ class Compute:
         return dict(self.adapters).get(name)
 
 
+@jax.custom_vjp
+def _wide(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [rows, inputs] @ kernel, in float32, for a sum that is rounded to their type afterwards.
+
+    Its cotangent has been of their type, so that it can be cast back without loss: then the backward products are those of a plain
+    x @ kernel, and what devices that share the outputs add up of them is not twice as wide.
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _wide_backward(operands, cotangent):
+    x, kernel = operands
+    cotangent = cotangent.astype(kernel.dtype)
+    return cotangent @ kernel.T, x.T @ cotangent
+
+
+_wide.defvjp(lambda x, kernel: (_wide(x, kernel), (x, kernel)), _wide_backward)
+
+
 class Linear(nnx.Module):
     """x [..., inputs] @ kernel [inputs, outputs] (+ bias [outputs]), in the compute type.
 
@@ -92,7 +111,7 @@ class Linear(nnx.Module):
         if self.bias is None and self.adapter is None:
             y = x @ kernel
         else:  # rounded once, after the sum
-            y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+            y = _wide(x, kernel)
             if self.bias is not None:
                 y = y + part(self.bias[...]).astype(jnp.float32)
         if self.adapter is not None:
