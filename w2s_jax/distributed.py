@@ -297,7 +297,9 @@ class _Group:
             selector.register(peer.sock, selectors.EVENT_READ, peer)
         asked = False
         while not self._closing.is_set():
-            for key, _ in selector.select(0.2) if selector.get_map() else ():
+            if not selector.get_map():  # all have said goodbye
+                break
+            for key, _ in selector.select(0.2):
                 messages = key.data.receive()
                 if messages is None:
                     selector.unregister(key.fileobj)
