@@ -31,11 +31,12 @@ def live(argv: list[str], log: str, environment: dict[str, str]) -> None:
 
 
 def count(file: Path) -> None:
-    """From now on `file` says how many bytes of weights and places for tokens this process has read and made."""
+    """From now on `file` says how many bytes of weights this process has read, places for tokens made, files hashed."""
+    from w2s_jax import hub
     from w2s_jax.data import packing
     from w2s_jax.models import weights
 
-    counts = {"weights": 0, "tokens": 0}
+    counts = {"weights": 0, "tokens": 0, "fingerprints": 0}
 
     def counted(key, function, size):
         def call(*args, **kwargs):
@@ -45,6 +46,7 @@ def count(file: Path) -> None:
             return result
         return call
 
+    hub.fingerprint_file = counted("fingerprints", hub.fingerprint_file, lambda _: 1)
     weights.Checkpoint.read = counted("weights", weights.Checkpoint.read, lambda array: array.nbytes)
     packing._fill = counted("tokens", packing._fill, lambda batch: batch["tokens"].size)
 

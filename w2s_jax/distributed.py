@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from w2s_jax import interrupts, rollcall
+from w2s_jax import interrupts, relay, rollcall
 from w2s_jax.errors import UserError
 from w2s_jax.launchers import Job
 
@@ -56,20 +56,25 @@ def initialize_jax(environ: Mapping[str, str] = os.environ) -> None:
     if _group is None:
         return
     job = _group.job
-    host = job.host if job.process == 0 else _group.peers[0].sock.getpeername()[0]
+    barrier("devices")  # jax waits for the others too, but aborts where that takes long
     port = once(lambda: rollcall.free_port(job.host), "port")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM over (see `due`)
     jax.config.update("jax_check_proxy_envs", False)
-    os.environ["no_grpc_proxy"] = ",".join(filter(None, (os.environ.get("no_grpc_proxy"), host)))
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, (os.environ.get("no_grpc_proxy"), "127.0.0.1")))
+    inside = rollcall.bind_address(job.host)
+    listens = f"[{inside or '::'}]" if ":" in job.host else inside or "0.0.0.0"
+    here = inside or ("::1" if ":" in job.host else "127.0.0.1")
+    own = relay.start(here if job.process == 0 else _group.peers[0].sock.getpeername()[0], port)
     _divert_stdout()
     try:
         jax.distributed.initialize(
-            address, job.processes, job.process, local_device_ids=_own_devices(job, environ), cluster_detection_method="deactivate",
-            initialization_timeout=60, shutdown_timeout_seconds=60)
+            f"127.0.0.1:{own}", job.processes, job.process, local_device_ids=_own_devices(job, environ),
+            cluster_detection_method="deactivate", coordinator_bind_address=f"{listens}:{port}", initialization_timeout=60,
+            shutdown_timeout_seconds=60)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"process {job.process} of {job.processes}: jax.distributed at {address}: {str(error).splitlines()[0]}") from error
+        line = str(error).splitlines()[0]
+        raise UserError(f"process {job.process} of {job.processes}: jax.distributed at {job.host}:{port}: {line}") from error
     _group.uses_jax = True
 
 
@@ -165,7 +170,7 @@ class _Group:
         self._stop_at: int | None = None
         self._stop_asked, self._stop_told = False, set()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="w2s-processes", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="w2s-processes", daemon=True)
         self._thread.start()
 
     def _who(self, process: int) -> str:
@@ -241,9 +246,9 @@ class _Group:
             self.end(2, f"error: {line}")
         self._tell({"all_failed": self._calls})
 
-    def end(self, code: int, line: str, everywhere: bool = False) -> None:
-        """Ends this process and all others. The line is printed by process 0, or by all."""
-        if not self.main and not everywhere:
+    def end(self, code: int, line: str, all_say: bool = False) -> None:
+        """Ends this process and all others, in any thread. The line is printed by process 0, or by all."""
+        if not self.main and not all_say:
             self.peers[0].send({"failed": code, "line": line})
             time.sleep(2 * GRACE_SECONDS)  # process 0 ends this one
         self._ending.acquire()  # for good: one thread ends the process
@@ -251,7 +256,7 @@ class _Group:
             sys.stdout.flush()
             print(line, file=sys.stderr, flush=True)
         if self.main:
-            self._tell({"end": code, "line": line if everywhere else ""})
+            self._tell({"end": code, "line": line if all_say else ""})
         os._exit(code)
 
     def leave(self) -> None:
@@ -280,19 +285,27 @@ class _Group:
 
     # the thread
 
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # unwatched, the others would wait for this process
+            self.end(1, f"error: {self._who(self.job.process)}: {type(error).__name__}: {error}", all_say=True)
+
     def _watch(self) -> None:
         selector = selectors.DefaultSelector()
         for peer in self.peers.values():
             selector.register(peer.sock, selectors.EVENT_READ, peer)
         asked = False
         while not self._closing.is_set():
-            for key, _ in selector.select(0.2) if selector.get_map() else ():
+            if not selector.get_map():  # all have said goodbye
+                break
+            for key, _ in selector.select(0.2):
                 messages = key.data.receive()
                 if messages is None:
                     selector.unregister(key.fileobj)
                     if not key.data.left:
                         self.end(LOST, f"error: {self._who(key.data.process)} is gone; this run stops, and the same command goes on from "
-                                       "its last checkpoint", everywhere=True)
+                                       "its last checkpoint", all_say=True)
                 for message in messages or ():
                     self._handle(key.data, message)
             if not self.main and interrupts.requested() and not asked:

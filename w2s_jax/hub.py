@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from w2s_jax import config as configs
+from w2s_jax import distributed
 from w2s_jax.errors import UserError
 from w2s_jax.files import read_json
 
@@ -142,11 +143,25 @@ def _files(path: Path) -> list[Path]:
 
 
 def fingerprint(folder: str | os.PathLike) -> str:
-    """sha256 (hex) over the names and bytes of config.json, tokenizer files and safetensors; where they lie plays no part."""
-    total = hashlib.sha256()
-    for file in _files(Path(folder)):
-        total.update(f"{file.name}\0{fingerprint_file(file)}\n".encode())
-    return total.hexdigest()
+    """sha256 (hex) over the names and bytes of config.json, tokenizer files and safetensors; where they lie plays no part.
+
+    Of several processes process 0 reads the bytes. UserError where the files of another have other names or sizes.
+    """
+    files = _files(Path(folder))
+    sizes = {file.name: file.stat().st_size for file in files}
+
+    def read() -> list:
+        total = hashlib.sha256()
+        for file in files:
+            total.update(f"{file.name}\0{fingerprint_file(file)}\n".encode())
+        return [sizes, total.hexdigest()]
+
+    there, found = distributed.once(read, "fingerprint")
+    if there != sizes:
+        file = min(there.keys() ^ sizes.keys() or [name for name in sizes if sizes[name] != there[name]])
+        raise UserError(f"model={os.fspath(folder)}: {file} has {sizes.get(file, 'no')} bytes here, {there.get(file, 'no')} for process 0; "
+                        "expected the same files")
+    return found
 
 
 def fingerprint_file(file: str | os.PathLike) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import re
 import urllib.error
@@ -181,7 +182,9 @@ def _on_tpu_vm(environ) -> bool:
     """Whether a metadata server may be asked: one is named, or there are TPU chips. Elsewhere its name takes seconds not to resolve."""
     if environ.get("TPU_SKIP_MDS_QUERY"):
         return False
-    return "GCE_METADATA_HOST" in environ or any(Path("/dev").glob("accel[0-9]*"))
+    if "GCE_METADATA_HOST" in environ or any(Path("/dev").glob("accel[0-9]*")):
+        return True
+    return any(Path("/dev/vfio").glob("[0-9]*")) and importlib.util.find_spec("libtpu") is not None  # the newer kinds
 
 
 def _metadata(environ, key: str) -> str | None:

@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 def cli() -> None:
     """The command `w2s`."""
     interrupts.install()
+    interrupts.follow_parent()
     sys.exit(main())
 
 
@@ -117,12 +118,12 @@ def _main(argv: list[str]) -> int:
 
 def _about(argv: list[str]) -> dict[str, str]:
     """What must be the same in all processes of a job."""
-    from w2s_jax import runlog
+    from w2s_jax import provenance
 
     own = re.compile(r"--?(process_id|coordinator)(=|$)")
     rest = [word for before, word in zip(["", *argv], argv) if not own.match(word) and not (own.match(before) and "=" not in before)]
-    return {"the flags": " ".join(rest), "the commit": str(runlog.commit()),
-            "the versions": " ".join(f"{name}={version}" for name, version in runlog.versions().items())}
+    return {"the flags": " ".join(rest), "the commit": str(provenance.commit()),
+            "the versions": " ".join(f"{name}={version}" for name, version in provenance.versions().items())}
 
 
 def _workdir(text: str) -> str:

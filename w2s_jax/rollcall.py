@@ -67,7 +67,7 @@ def gather(job: Job, about: dict, seconds: float) -> dict[int, Peer]:
 def free_port(host: str) -> int:
     """A port that nobody uses here now."""
     with contextlib.closing(_socket(host)) as sock:
-        sock.bind((_bind_address(host), 0))
+        sock.bind((bind_address(host), 0))
         return sock.getsockname()[1]
 
 
@@ -75,9 +75,9 @@ def _socket(host: str) -> socket.socket:
     return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
 
 
-def _bind_address(host: str) -> str:
-    """Job on one machine: nobody outside can connect."""
-    return host if host.startswith("127.") or host in ("localhost", "::1") else ""
+def bind_address(host: str) -> str:
+    """Where to listen as `host`: everywhere (""), but of a job on one machine nobody outside can connect."""
+    return "127.0.0.1" if host == "localhost" else host if host.startswith("127.") or host == "::1" else ""
 
 
 def _keep_alive(sock: socket.socket) -> None:
@@ -108,7 +108,7 @@ def _open(job: Job) -> socket.socket:
         listener = _socket(job.host)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose last user is gone may be taken at once
         try:
-            listener.bind((_bind_address(job.host), port))
+            listener.bind((bind_address(job.host), port))
             listener.listen(job.processes + 16)
         except OSError as error:
             problem = problem or error

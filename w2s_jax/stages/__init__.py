@@ -11,7 +11,7 @@ from w2s_jax.errors import UserError, nearest
 
 STAGES = {name: f"w2s_jax.stages.{name}" for name in CHOICES["stage"]}
 FILES_ONLY = ("report", "ensemble")  # need no devices: of several processes, process 0 runs them
-SEVERAL = ("finetune", "label", "pretrain", "export", "sweep", *FILES_ONLY)  # run in several processes
+SEVERAL = ("finetune", "label", "prompt", "pretrain", "export", "sweep", *FILES_ONLY)  # run in several processes
 
 
 def run(config, workdir, **options) -> dict:
