@@ -145,6 +145,13 @@ def test_an_error_that_process_0_alone_can_see_is_everybodys(launch, two, finetu
     assert job.err(1) == ""
 
 
+def test_every_process_has_a_part_of_the_mesh(launch, finetune, tmp_path):  # noqa: F811
+    job = launch(2, *finetune(tmp_path / "run", mesh__fsdp=1))
+    assert job.wait() == [2, 2], job.text()
+    assert "leaves process 1 of 2 without a device; expected all 2" in job.err(0) and job.err(0).count("\n") == 1, job.text()
+    assert job.err(1) == "" and not (tmp_path / "run").exists()
+
+
 # what the processes are started with -> what process 0 says
 REFUSED = {
     "of all": (["--config.loss=xnt"], "config.loss: 'xnt', expected one of"),
