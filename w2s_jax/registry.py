@@ -20,25 +20,16 @@ BY_MEMORY = ("finetune", "pretrain", "label", "probe", "prompt", "export")
 RULES: tuple[tuple[str, dict], ...] = (
     # openai/weak-to-strong's ladder
     (r"(openai-community/)?gpt2(-medium)?", {"learning_rate": 5e-5}),
-    (r"(openai-community/)?gpt2-large", {"learning_rate": 1e-5}),
-    (r"(openai-community/)?gpt2-xl", {"learning_rate": 1e-5, "remat": "full"}),
-    (r"Qwen/Qwen-1_8B", {"learning_rate": 1e-5, "remat": "full"}),
-    (r"Qwen/Qwen-(7|14|72)B", {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
+    (r"(openai-community/)?gpt2-(large|xl)|Qwen/Qwen-(1_8|7|14|72)B", {"learning_rate": 1e-5}),
     # EleutherAI/w2s: Qwen1.5-0.5B -> Meta-Llama-3-8B
     (r"Qwen/Qwen1\.5-0\.5B.*", {"learning_rate": 2e-5, "lora_learning_rate": 5e-4}),
-    (r"meta-llama/(Meta-)?Llama-3.*-8B.*", {"learning_rate": 1e-5, "lora_learning_rate": 8e-5, "remat": "full", "mesh": SPLIT}),
+    (r"meta-llama/(Meta-)?Llama-3.*-8B.*", {"learning_rate": 1e-5, "lora_learning_rate": 8e-5}),
     # the usual ladders
     (r"EleutherAI/pythia-(14m|31m|70m|160m|410m)(-deduped)?", {"learning_rate": 5e-5}),
-    (r"EleutherAI/pythia-(1b|1\.4b)(-deduped)?", {"learning_rate": 1e-5}),
-    (r"EleutherAI/pythia-(2\.8b|6\.9b|12b)(-deduped)?", {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
+    (r"EleutherAI/pythia-(1b|1\.4b|2\.8b|6\.9b|12b)(-deduped)?", {"learning_rate": 1e-5}),
     (r"Qwen/Qwen(1\.5|2|2\.5|3)-(0\.5|0\.6)B.*", {"learning_rate": 2e-5}),
-    (r"Qwen/Qwen(1\.5|2|2\.5|3)-(1\.5|1\.7|1\.8)B.*", {"learning_rate": 1e-5, "remat": "full"}),
-    (r"Qwen/Qwen(1\.5|2|2\.5|3)-.*B.*", {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
-    (r"meta-llama/Llama-3\.2-1B.*", {"learning_rate": 1e-5}),
-    (r"meta-llama/.*", {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
-    (r"mistralai/.*7B.*|allenai/OLMo-2-.*|google/gemma-.*-(4|7|9|12|27)b.*|google/gemma-7b.*",
-     {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
-    (r"google/gemma-.*|microsoft/[Pp]hi-.*", {"learning_rate": 1e-5, "remat": "full"}),
+    (r"Qwen/Qwen(1\.5|2|2\.5|3)-.*B.*|meta-llama/.*|mistralai/.*7B.*|allenai/OLMo-2-.*|google/gemma-.*|microsoft/[Pp]hi-.*",
+     {"learning_rate": 1e-5}),
     # BERT and Google's miniatures (Turc et al. 2019 fine-tune with 3e-5 to 3e-4, the smaller with the larger)
     (r"(google/bert_uncased_L-\d+_H-128_A-2|prajjwal1/bert-tiny)", {"learning_rate": 3e-4}),
     (r"(google/bert_uncased_L-\d+_H-256_A-4|prajjwal1/bert-mini)", {"learning_rate": 2e-4}),
@@ -47,13 +38,13 @@ RULES: tuple[tuple[str, dict], ...] = (
     (r"(google-bert/)?bert-large.*|(FacebookAI/)?roberta-large|answerdotai/ModernBERT-large", {"learning_rate": 1e-5}),
     (r"(google-bert/)?bert-base.*|google/bert_uncased.*|(FacebookAI/)?roberta-.*|answerdotai/ModernBERT-.*", {"learning_rate": 3e-5}),
     # everything else
-    (r".*", {"learning_rate": 5e-5, "lora_learning_rate": 2e-4, "remat": "none", "mesh": REPLICATED, "revision": "main"}),
+    (r".*", {"learning_rate": 5e-5, "lora_learning_rate": 2e-4, "revision": "main"}),
 )
 
 
 def defaults(model: str) -> dict:
-    """`learning_rate`, `lora_learning_rate`, `remat`, `mesh` and `revision` for a hub id; a local folder, whatever its name, has
-    those of the last rule."""
+    """`learning_rate`, `lora_learning_rate` and `revision` for a hub id; a local folder, whatever its name, has those of the last
+    rule."""
     return RULES[-1][1] | next(values for pattern, values in RULES if re.fullmatch(pattern, model))
 
 
