@@ -23,7 +23,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.param_dtype = "float32"  # parameters: float32 | bfloat16 | auto (the checkpoint's own: bfloat16 if all of it is)
     c.matmul_precision = "default"  # default | high | highest (default may mean TF32 or bfloat16 passes on an accelerator)
     c.attention = "auto"  # auto | xla | splash (TPU) | pallas, cudnn (GPU; cudnn: one document a row)
-    c.remat = "auto"  # rematerialisation: auto | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
+    c.remat = "auto"  # rematerialisation: auto (what fits) | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
+    c.offload = "none"  # optimizer: its state lies in the host's memory between updates (TPU, GPU) | none
     c.train = "full"  # what is trained: full | head | lora (low-rank adapters and the head; these are float32)
     c.lora = ConfigDict()  # settings of train=lora; unset = the default, or that of the adapter named by init
     c.lora.rank = placeholder(int)  # of the adapters (8)
@@ -68,7 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Optimisation
     c.batch_size = 32  # documents a step
-    c.microbatch_size = 0  # documents over all devices held in memory at once; 0 = the whole batch
+    c.microbatch_size = placeholder(object)  # documents over all devices held in memory at once; 0 = the whole batch | auto (what fits)
+    c.microbatch_size = "auto"
     c.epochs = 2  # passes over the training documents; steps = documents * epochs // batch_size
     c.learning_rate = placeholder(float)  # peak; unset = the model's own (w2s_jax/registry.py)
     c.schedule = "cosine"  # constant | cosine | linear (both to 0)
@@ -79,6 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer_args.b2 = placeholder(float)  # adam, adamw (0.999), lion (0.99)
     c.optimizer_args.eps = placeholder(float)  # adam, adamw (1e-8)
     c.optimizer_args.momentum = placeholder(float)  # sgd (0)
+    c.optimizer_args.mu_dtype = placeholder(str)  # adam, adamw, lion: first moments kept in float32 (the default) | bfloat16
     c.grad_clip = 0.0  # clip the global norm of the gradients; 0 = off
     c.weight_decay = 0.0  # decoupled; not on biases and norms
     c.dropout = 0.0  # on embeddings and residual branches; 0 = off, as in the references
@@ -92,7 +95,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint_every = 500  # steps; 0 = at the end only
     c.keep = "params"  # after the run: params | all (optimizer state too) | none
     c.steps_per_dispatch = 0  # steps in one call of the device; 0 = by the size of the model
-    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left; 0 everywhere = the model's own (w2s_jax/registry.py)
+    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left; 0 everywhere = auto (what fits). Also: mesh=auto, mesh=1x8x1
     c.mesh.data = 0  # replicas
     c.mesh.fsdp = 0  # parameters and batch split
     c.mesh.model = 0  # tensors split

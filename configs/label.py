@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.dtype = placeholder(str)  # compute: float32 | bfloat16; unset = as the run
     c.attention = "auto"  # auto | xla | splash (TPU) | pallas, cudnn (GPU; cudnn: one document a row)
     c.eval_batch_size = 0  # documents a forward pass; 0 = by tokens
-    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left; 0 everywhere = as suits the model (w2s_jax/registry.py)
+    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left; 0 everywhere = auto (what fits). Also: mesh=auto, mesh=1x8x1
     c.mesh.data = 0  # replicas
     c.mesh.fsdp = 0  # parameters and batch split
     c.mesh.model = 0  # tensors split

@@ -38,6 +38,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.lora.init = placeholder(str)  # start from this adapter: a folder in PEFT's format
     c.loss = "xent"  # as in finetune; some see the whole batch, which costs a second forward pass where there are microbatches
     c.optimizer = "adam"  # adam adamw adafactor sgd lion adafactor_openai
+    c.optimizer_args = ConfigDict()  # arguments of the optimizers that change what is held; unset = the optimizer's own default
+    c.optimizer_args.momentum = placeholder(float)  # sgd (0)
+    c.optimizer_args.mu_dtype = placeholder(str)  # first moments of adam, adamw, lion: float32 | bfloat16 (float32)
     c.dtype = "bfloat16"  # compute: float32 | bfloat16
     c.param_dtype = "float32"  # parameters: float32 | bfloat16 | auto (the type that config.json names)
     c.matmul_precision = "default"  # default | high | highest

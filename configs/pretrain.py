@@ -31,7 +31,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.param_dtype = "float32"  # parameters: float32 | bfloat16
     c.matmul_precision = "default"  # default | high | highest (default may mean TF32 or bfloat16 passes on an accelerator)
     c.attention = "auto"  # auto | xla | splash (TPU) | pallas, cudnn (GPU; cudnn: one document a row)
-    c.remat = "auto"  # rematerialisation: auto | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
+    c.remat = "auto"  # rematerialisation: auto (what fits) | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
+    c.offload = "none"  # optimizer: its state lies in the host's memory between updates (TPU, GPU) | none
 
     # Data
     c.corpus = "world"  # world, or a file or a folder (with its subfolders) of .txt (a document a file) or .jsonl (column text), .gz or not
@@ -41,7 +42,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Optimisation
     c.batch_size = 64  # pieces a step
-    c.microbatch_size = 0  # pieces over all devices held in memory at once; 0 = the whole batch
+    c.microbatch_size = placeholder(object)  # pieces over all devices held in memory at once; 0 = the whole batch | auto (what fits)
+    c.microbatch_size = "auto"
     c.steps = 6000  # updates; passes over the corpus follow from it
     c.learning_rate = 5e-3  # peak
     c.final_lr_fraction = 0.02  # the schedule ends at this share of the peak
@@ -53,6 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer_args.b2 = placeholder(float)  # adam, adamw (0.999), lion (0.99)
     c.optimizer_args.eps = placeholder(float)  # adam, adamw (1e-8)
     c.optimizer_args.momentum = placeholder(float)  # sgd (0)
+    c.optimizer_args.mu_dtype = placeholder(str)  # adam, adamw, lion: first moments kept in float32 (the default) | bfloat16
     c.optimizer_args.b2 = 0.99
     c.grad_clip = 1.0  # clip the global norm of the gradients; 0 = off
     c.weight_decay = 0.0  # decoupled; not on biases and norms
@@ -65,7 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint_every = 1000  # steps; 0 = at the end only
     c.keep = "none"  # checkpoints after the run: params | all (optimizer state too) | none (model/ is kept always)
     c.steps_per_dispatch = 0  # steps in one call of the device; 0 = by the size of the model
-    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left; 0 everywhere = the model's own (w2s_jax/registry.py)
+    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left; 0 everywhere = auto (what fits). Also: mesh=auto, mesh=1x8x1
     c.mesh.data = 0  # replicas
     c.mesh.fsdp = 0  # parameters and batch split
     c.mesh.model = 0  # tensors split

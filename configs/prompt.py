@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Running
     c.eval_batch_size = 0  # prompts a forward pass; 0 = by tokens
-    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left; 0 everywhere = the model's own (w2s_jax/registry.py)
+    c.mesh = ConfigDict()  # devices along each axis; -1 = all that are left; 0 everywhere = auto (what fits). Also: mesh=auto, mesh=1x8x1
     c.mesh.data = 0  # replicas
     c.mesh.fsdp = 0  # parameters split
     c.mesh.model = 0  # tensors split

@@ -48,6 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.slurm.account = ""  # what is charged
     c.slurm.time = ""  # limit of one run: minutes, hours:minutes:seconds or days-hours:minutes:seconds
     c.slurm.gres = "gpu"  # what a device is called: gpu, gpu:a100; empty = a cluster of CPUs
+    c.slurm.chip = ""  # kind of device (w2s_jax/chips.py: a100-80g, h100 ...): runs of an open mesh that don't fit one take a node's
     c.slurm.devices = 8  # of a node; runs with mesh.fsdp=-1 or mesh.model=-1 take all of one, larger meshes several nodes
     c.slurm.cpus = 0  # for each device; 0 = the cluster's default
     c.slurm.mem = ""  # main memory for each device (64G); empty = the cluster's default

@@ -92,6 +92,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer_args.b2 = placeholder(float)  # adam, adamw (0.999), lion (0.99)
     c.optimizer_args.eps = placeholder(float)  # adam, adamw (1e-8)
     c.optimizer_args.momentum = placeholder(float)  # sgd (0)
+    c.optimizer_args.mu_dtype = placeholder(str)  # adam, adamw, lion: first moments kept in float32 (the default) | bfloat16
     c.grad_clip = 0.0  # clip the global norm of the gradients; 0 = off
     c.weight_decay = 0.0  # decoupled; not on biases and norms
     c.dropout = 0.0  # in transformers: on embeddings and residual branches

@@ -3,6 +3,7 @@
 #
 # Makes .venv if there is none (or uses the active environment), installs what is needed, then ruff and pytest.
 # With CI=true or W2S_ALL_PYTHONS=1 the quick tests also run on the oldest and the newest supported Python found here.
+# SLURM's tests run where it is installed; with CI=true or W2S_SLURM=1 Debian's is installed where that can be done (root, apt).
 # PyTorch is only the reference in parity tests: where it cannot be installed, those skip. W2S_TORCH=0 leaves it out.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -32,6 +33,13 @@ fi
 if "$PYTHON" -c 'import torch' >/dev/null 2>&1 && ! "$PYTHON" -c 'import peft' >/dev/null 2>&1; then
   "$PYTHON" -m pip install --quiet --retries 1 --timeout 30 --no-deps "${on_torch[@]}" ||
     echo "no peft: the tests that compare with it will skip" >&2
+fi
+
+if { [ "${CI:-}" = true ] || [ "${W2S_SLURM:-}" = 1 ]; } && ! command -v sbatch >/dev/null && [ "$(id -u)" = 0 ] &&
+  command -v apt-get >/dev/null; then
+  echo "installing slurm-wlm and munge" >&2
+  { timeout 300 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -qq install -y slurm-wlm munge; } >/dev/null 2>&1 ||
+    echo "no SLURM: its tests will skip" >&2
 fi
 
 status=0

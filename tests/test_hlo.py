@@ -55,6 +55,48 @@ def test_a_loop_of_unknown_length_counts_once():
     assert found.flops == 2.0 * TOKENS * WIDTH * WIDTH and found.loops == (1,)
 
 
+@pytest.mark.parametrize("start, step, end, trips", [(0, 1, 8, 8), (0, 2, 8, 4), (3, 1, 8, 5), (1, 3, 8, 3)])
+@pytest.mark.parametrize("add", ["add(%n, %s)", "fusion(%n), kind=kLoop, calls=%inside"])
+def test_loops_as_the_tpus_compiler_leaves_them(start, step, end, trips, add):
+    """Without a count of their own: from, by and to constants; a ring's products come two a trip."""
+    text = f"""HloModule m
+
+%inside (p: s32[]) -> s32[] {{
+  %p = s32[]{{:T(128)}} parameter(0)
+  %c = s32[]{{:T(128)}} constant({step})
+  ROOT %a = s32[]{{:T(128)}} add(%p, %c)
+}}
+
+%body (t: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {{
+  %t = (f32[8,8]{{1,0}}, s32[]{{:T(128)}}) parameter(0)
+  %x = f32[8,8]{{1,0}} get-tuple-element(%t), index=0
+  %n = s32[]{{:T(128)}} get-tuple-element(%t), index=1
+  %s = s32[]{{:T(128)}} constant({step})
+  %y = f32[8,8]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %m = s32[]{{:T(128)}} {add}
+  ROOT %r = (f32[8,8]{{1,0}}, s32[]{{:T(128)}}) tuple(%y, %m)
+}}
+
+%condition (t: (f32[8,8], s32[])) -> pred[] {{
+  %end = s32[]{{:T(128)}} constant({end})
+  %t = (f32[8,8]{{1,0}}, s32[]{{:T(128)}}) parameter(0)
+  %n = s32[]{{:T(128)}} get-tuple-element(%t), index=1
+  ROOT %lt = pred[]{{:T(512)}} compare(%n, %end), direction=LT
+}}
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {{
+  %x = f32[8,8]{{1,0}} parameter(0)
+  %zero = s32[]{{:T(128)}} constant({start})
+  %copy = s32[]{{:T(128)}} copy(%zero)
+  %init = (f32[8,8]{{1,0}}, s32[]{{:T(128)}}) tuple(%x, %copy)
+  %w = (f32[8,8]{{1,0}}, s32[]{{:T(128)}}) while(%init), condition=%condition, body=%body
+  ROOT %r = f32[8,8]{{1,0}} get-tuple-element(%w), index=0
+}}
+"""
+    found = hlo.cost(text)
+    assert found.loops == (trips,) and found.flops == trips * 2.0 * 8**3
+
+
 def test_of_two_branches_the_dearer_counts():
     def either(p, w, x):
         return jax.lax.cond(p, lambda: layers(w, x), lambda: (x @ w[0]).sum())
@@ -207,6 +249,18 @@ ENTRY %main (q: bf16[2,4,128,64]) -> bf16[2,4,128,64] {
     assert found.bytes == 4 * 2 * 4 * 128 * 64 * 2  # q and the result, twice; what lies in the vector memory moves nothing
 
 
+@pytest.mark.parametrize("line, expected", [
+    ("%s = ((f32[64,32]{1,0:T(8,128)}), f32[8,32]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:8], [0:32]}\n"
+     "  ROOT %r = f32[8,32]{1,0:T(8,128)S(1)} slice-done(%s)", SIZE / 8),  # a part, fetched
+    ("%s = (f32[64,32]{1,0:T(8,128)S(1)}, f32[64,32]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)\n"
+     "  ROOT %r = f32[64,32]{1,0:T(8,128)S(1)} copy-done(%s)", SIZE),
+    ("ROOT %r = f32[64,32]{1,0:T(8,128)} negate(%x)", 2 * SIZE),
+    ("ROOT %r = f32[64,32]{1,0:T(8,128)} all-to-all(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}", 2 * SIZE),
+])
+def test_memory_traffic_of_a_tpus_instructions(line, expected):
+    assert hlo.cost(HEAD.format(line), 8).bytes == expected
+
+
 def test_a_text_that_is_no_module_is_refused():
     with pytest.raises(ValueError, match="no HLO module"):
         hlo.cost("hello")
@@ -227,10 +281,9 @@ def step_cost(depth: int, tokens: int) -> hlo.Cost:
     model = build(tiny.config(n_layer=depth, n_embd=48, n_inner=192), head="classifier", remat="full")
     texts = ahead.corpus(c, model)
     plan = ahead.training_plan(c, model, texts, costs.Settings(1, 8, 1, "full", 0), "cpu")
-    zeros = np.zeros(1)
-    xs = train.stack_inputs(plan, plan.dispatches[0], plan.shapes[0], 1, texts, zeros, zeros)
     program = ahead.program(c, model, mesh)
-    return hlo.cost(train.lower(program, *train.abstract_arguments(program, xs)).compile().as_text(), 8)
+    arguments = train.abstract_arguments(program, train.dispatch_inputs(texts, plan, 0))
+    return hlo.cost(train.lower(program, *arguments).compile().as_text(), 8)
 
 
 def test_a_steps_flops_are_linear_in_depth_and_tokens(fast_compiles):

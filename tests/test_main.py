@@ -62,7 +62,6 @@ BAD = {
     "number for a group of keys": ("F W --config.mesh=3", 'config.mesh=3'),
     "flag without a value": ("F W --config.seed", 'config.seed'),
     "switch": ("F W --rerun=perhaps", '--rerun=perhaps: expected true or false'),
-    "dry run of no sweep": ("F W --dry_run", "--dry_run: is for the stage 'sweep'"),
     "unknown loss": ("F W --config.loss=xnt", "config.loss: 'xnt', expected one of xent"),
     "argument of another loss": ("F W --config.loss_args.alpha=1", 'config.loss_args.alpha: 1.0 is set'),
     "argument of another optimizer": ("F W --config.optimizer_args.momentum=.9", 'optimizer_args.momentum'),
@@ -190,6 +189,12 @@ def test_overrides_reach_the_stage(calls, model_folder, tmp_path):
     (config, workdir, options), = calls
     assert (config.seed, config.balance, config.loss_args.radius, config.mesh.fsdp, config.learning_rate) == (7, False, "midweak", 2, 1.0)
     assert workdir == f"{tmp_path}/w" and options == {"rerun": True}
+
+
+def test_a_dry_run_checks_and_stops(calls, model_folder, tmp_path):
+    flags = ["--config=finetune", f"--config.model={model_folder}", "--dry_run", f"--workdir={tmp_path}/w"]
+    assert entry.main(flags) == 0 and entry.main([*flags, "--config.batch_size=0"]) == 2
+    assert not calls and not (tmp_path / "w").exists()
 
 
 def test_flagfile_and_calls_in_one_process_do_not_mix(calls, model_folder, tmp_path):
@@ -364,7 +369,7 @@ def test_the_wheel_carries_the_configs_and_the_command(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
         points = next(n for n in archive.namelist() if n.endswith("entry_points.txt"))
-        assert "w2s = w2s_jax.main:cli" in archive.read(points).decode()
+        assert "w2s = w2s_jax.main:cli" in archive.read(points).decode() and "w2s_jax/job.sh" in archive.namelist()
     code = "from w2s_jax import config, runlog; print(config.folder()); print(*config.names()); print(runlog.commit())"
     command, env = [sys.executable, "-c", code], {"PYTHONPATH": str(tmp_path / "site")}
     ran = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)

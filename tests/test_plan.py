@@ -185,10 +185,14 @@ def test_a_slice_that_cannot_be_is_refused(model):
 # --------------------------------------------------------------------------- the stage
 
 
-def test_a_plan_for_gpus(tmp_path, model, capsys, monkeypatch):
+@pytest.mark.parametrize("keys", [{}, {"train": "lora", "remat": "full"}, {"what": "label", "eval_batch_size": 16}])
+def test_a_plan_for_gpus(tmp_path, model, capsys, monkeypatch, keys):
     """The whole stage: settings chosen, the step partitioned, the page; asked again nothing is compiled, a table goes on."""
-    results = stages.run(config(model, topology="h100:4"), tmp_path / "plan")
+    asked = config(model, topology="h100:4", **keys)
+    results = stages.run(asked, tmp_path / "plan")
     (found,) = results["points"]
+    assert (found["compiled"]["parts"]["optimizer_state"] == 0) == ("what" in keys)
+    assert found["compiled"]["parts"]["optimizer_state"] < found["compiled"]["parts"]["parameters"] * (0.5 if keys else 2.5)
     assert found["fits"] and found["compiler"] == "estimate" and found["chips"] == 4 and found["source"] == "folder"
     assert found["tokens_per_second"] == pytest.approx(64 * 32 / found["run_seconds"]) and found["epoch_seconds"] == found["run_seconds"]
     assert math.prod(found["settings"][axis] for axis in ("data", "fsdp", "model")) == 4
@@ -196,9 +200,9 @@ def test_a_plan_for_gpus(tmp_path, model, capsys, monkeypatch):
     assert page in capsys.readouterr().out and "an ESTIMATE" in page and "| parameters |" in page
     assert f"--config.remat={found['settings']['remat']}" in page
     monkeypatch.setattr(ahead, "compile_point", lambda point: pytest.fail("compiled again"))
-    assert stages.run(config(model, topology="h100:4"), tmp_path / "plan") == results
+    assert stages.run(asked, tmp_path / "plan") == results
     (tmp_path / "plan" / "results.json").unlink()
-    assert stages.run(config(model, topology="h100:4"), tmp_path / "plan")["points"] == results["points"]
+    assert stages.run(asked, tmp_path / "plan")["points"] == results["points"]
 
 
 def with_memory(monkeypatch, size: float):

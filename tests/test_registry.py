@@ -6,25 +6,31 @@ from w2s_jax import registry
 from w2s_jax.config import shipped
 
 
-@pytest.mark.parametrize("model, rate, remat, fsdp", [
-    ("gpt2", 5e-5, "none", 1), ("openai-community/gpt2-medium", 5e-5, "none", 1), ("gpt2-large", 1e-5, "none", 1),
-    ("gpt2-xl", 1e-5, "full", 1),
-    ("Qwen/Qwen-1_8B", 1e-5, "full", 1), ("Qwen/Qwen-72B", 1e-5, "full", -1), ("Qwen/Qwen1.5-0.5B", 2e-5, "none", 1),
-    ("Qwen/Qwen2.5-0.5B-Instruct", 2e-5, "none", 1), ("Qwen/Qwen2.5-7B", 1e-5, "full", -1), ("Qwen/Qwen3-1.7B-Base", 1e-5, "full", 1),
-    ("meta-llama/Meta-Llama-3-8B", 1e-5, "full", -1), ("meta-llama/Llama-3.2-1B", 1e-5, "none", 1),
-    ("EleutherAI/pythia-160m-deduped", 5e-5, "none", 1), ("EleutherAI/pythia-1.4b", 1e-5, "none", 1),
-    ("EleutherAI/pythia-12b", 1e-5, "full", -1),
-    ("google/bert_uncased_L-2_H-128_A-2", 3e-4, "none", 1), ("google-bert/bert-base-uncased", 3e-5, "none", 1),
-    ("somebody/else", 5e-5, "none", 1), ("/models/Qwen/Qwen-72B", 5e-5, "none", 1), ("", 5e-5, "none", 1),
+@pytest.mark.parametrize("model, rate", [
+    ("gpt2", 5e-5), ("openai-community/gpt2-medium", 5e-5), ("gpt2-large", 1e-5), ("gpt2-xl", 1e-5), ("Qwen/Qwen-1_8B", 1e-5),
+    ("Qwen/Qwen-72B", 1e-5), ("Qwen/Qwen1.5-0.5B", 2e-5), ("Qwen/Qwen2.5-0.5B-Instruct", 2e-5), ("Qwen/Qwen2.5-7B", 1e-5),
+    ("Qwen/Qwen3-1.7B-Base", 1e-5), ("meta-llama/Meta-Llama-3-8B", 1e-5), ("meta-llama/Llama-3.2-1B", 1e-5),
+    ("EleutherAI/pythia-160m-deduped", 5e-5), ("EleutherAI/pythia-1.4b", 1e-5), ("EleutherAI/pythia-12b", 1e-5),
+    ("google/gemma-2-2b", 1e-5), ("microsoft/phi-2", 1e-5), ("google/bert_uncased_L-2_H-128_A-2", 3e-4),
+    ("google-bert/bert-base-uncased", 3e-5), ("somebody/else", 5e-5), ("/models/Qwen/Qwen-72B", 5e-5), ("", 5e-5),
 ])
-def test_what_is_left_open_is_the_models_own(model, rate, remat, fsdp):
+def test_what_is_left_open_is_the_models_own(model, rate):
     config = shipped("finetune")
     config.model = model
     filled = registry.fill(config)
-    assert (filled.learning_rate, filled.remat, filled.mesh.fsdp, filled.revision) == (rate, remat, fsdp, "main")
-    assert sorted(filled.mesh.values()).count(-1) == 1
-    assert config.learning_rate is None and config.mesh.fsdp == 0  # the one that was given is as it was
+    assert (filled.learning_rate, filled.revision) == (rate, "main")
+    # These follow from the memory there is, once the devices are known (test_ladder.py).
+    assert (filled.remat, filled.microbatch_size, not any(filled.mesh.values())) == ("auto", "auto", True)
+    assert config.learning_rate is None and config.revision == ""  # the one that was given is as it was
     assert registry.fill(filled) is filled
+
+
+def test_where_memory_does_not_decide_a_replica_lies_on_every_device():
+    config = shipped("vision_train")
+    config.mesh.data = config.mesh.fsdp = config.mesh.model = 0
+    config.remat = "auto"
+    filled = registry.fill(config)
+    assert (tuple(filled.mesh.values()), filled.remat) == ((-1, 1, 1), "none")
 
 
 @pytest.mark.parametrize("given, mesh", [

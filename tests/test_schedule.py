@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from w2s_jax import checks, main, schedule, slurm, stages, status
+from w2s_jax import checks, main, registry, schedule, sizes, slurm, stages, status
 from w2s_jax import config as config_lib
 from w2s_jax.config import shipped
 from w2s_jax.errors import UserError
@@ -37,8 +37,8 @@ def make_graph(root, seeds=(0, 1)):
         weak = node(graph, f"weak-s{seed}", "finetune", model="gpt2")
         label = node(graph, f"weak-s{seed}", "label", [weak])
         graph.nodes[label].config.run = graph.path(weak)
-        node(graph, f"student-s{seed}", "finetune", [label], model="Qwen/Qwen-7B")
-        node(graph, f"ceiling-s{seed}", "finetune", model="Qwen/Qwen-7B")
+        node(graph, f"student-s{seed}", "finetune", [label], mesh__fsdp=-1)
+        node(graph, f"ceiling-s{seed}", "finetune", mesh__fsdp=-1)
     return graph
 
 
@@ -50,30 +50,40 @@ def options(**keys):
 
 
 @pytest.mark.parametrize("keys, count", [
-    ({"model": "gpt2"}, 1),  # replicas take what is there: one is enough
-    ({"model": "Qwen/Qwen-7B"}, schedule.ALL),
+    ({"model": "gpt2", "mesh__data": -1}, 1),  # replicas take what is there: one is enough
+    ({"model": "gpt2"}, 1),
     ({"model": "gpt2", "mesh__data": 2, "mesh__fsdp": 4}, 8),
     ({"model": "gpt2", "mesh__data": -1, "mesh__model": 2}, 2),
     ({"model": "gpt2", "mesh__model": -1}, schedule.ALL),
     ({"model": "Qwen/Qwen-7B", "mesh__data": 1}, 1),
+    ({"model": "Qwen/Qwen-7B", "mesh__fsdp": -1}, schedule.ALL),
 ], ids=str)
 def test_devices_of_a_run(tmp_path, keys, count):
     graph = Graph(tmp_path, lambda config, planned: {"keys": keys})
     assert schedule.devices(graph, graph.nodes[node(graph, "x", "finetune", **keys)]) == count
 
 
-def test_labels_need_what_their_model_needs_and_ensembles_nothing(tmp_path):
+@pytest.mark.parametrize("limit, keys, count", [
+    (0, {}, 1),  # not known
+    (2**30, {}, 1),
+    (2**18, {}, schedule.ALL),
+    (2**18, {"train": "head"}, 1),  # no moments, no gradients
+], ids=str)
+def test_runs_of_an_open_mesh_take_what_they_need(tmp_path, tiny_model, limit, keys, count, monkeypatch):
+    """With labels of the model, which need less, and an ensemble, which reads files only."""
+    monkeypatch.setattr(registry, "fill", lambda config: config)  # a mesh that stays open
     ids = iter(range(9))
     graph = Graph(tmp_path, lambda config, planned: {"id": next(ids)})
-    for model, count in (("gpt2", 1), ("Qwen/Qwen-7B", schedule.ALL)):
-        label = node(graph, "l", "label", [node(graph, "w", "finetune", model=model)])
-        assert schedule.devices(graph, graph.nodes[label]) == count
-    assert schedule.devices(graph, graph.nodes[graph.add("t", "e", shipped("ensemble"), [label])]) == 0
+    trained = node(graph, "w", "finetune", model=str(tiny_model), max_length=8, **keys)
+    label = node(graph, "l", "label", [trained])
+    ensemble = graph.add("t", "e", shipped("ensemble"), [label])
+    fits = sizes.Fits(graph, limit)
+    assert [schedule.devices(graph, graph.nodes[name], fits) for name in (trained, label, ensemble)] == [count, 1, 0]
 
 
 def test_arrays_wait_for_what_they_read_and_for_nothing_else(graph):
     work = {name: len(graph.nodes) - i for i, name in enumerate(graph.nodes)} | {n: 99 for n in graph.nodes if "ceiling-s1" in n}
-    arrays = schedule.arrays(graph, list(graph.nodes), work)
+    arrays = schedule.arrays(graph, list(graph.nodes), work, need(graph))
     got = [(a.stage, a.devices, [run.split("-")[1] + run.split("-")[2] for run in a.runs], a.after) for a in arrays]
     assert got == [
         ("finetune", 1, ["weaks0", "weaks1"], ()),
@@ -86,13 +96,13 @@ def test_arrays_wait_for_what_they_read_and_for_nothing_else(graph):
 def test_arrays_of_what_is_left(graph):
     """A run whose parents are done waits for nothing."""
     left = [name for name in graph.nodes if "student" in name]
-    assert [(a.runs, a.after) for a in schedule.arrays(graph, left, dict.fromkeys(left, 1.0))] == [(tuple(left), ())]
+    assert [(a.runs, a.after) for a in schedule.arrays(graph, left, dict.fromkeys(left, 1.0), need(graph))] == [(tuple(left), ())]
 
 
 def test_arrays_are_not_longer_than_slurm_takes(tmp_path, monkeypatch):
     monkeypatch.setattr(schedule, "MOST", 2)
     graph = make_graph(tmp_path, seeds=(0, 1, 2))
-    arrays = schedule.arrays(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0))
+    arrays = schedule.arrays(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), need(graph))
     assert [len(a.runs) for a in arrays] == [2, 1] * 4
     assert arrays[4].after == ("00-finetune",) and arrays[5].after == ("01-finetune",)
 
@@ -205,7 +215,11 @@ def recorder(tmp_path, monkeypatch):
 
 def submit(graph, **keys):
     config = tiny.set_keys(shipped("sweep"), **keys)
-    return slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), config)
+    return slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), need(graph), config, stages.SEVERAL)
+
+
+def need(graph):
+    return {name: schedule.devices(graph, node) for name, node in graph.nodes.items()}
 
 
 @pytest.mark.parametrize("folder", ["plain", "it's $HOME; \"50%a\" `x` & co"])
@@ -298,11 +312,19 @@ def test_a_machine_without_slurm(graph, monkeypatch, tmp_path):
 
 def test_a_dry_run_submits_nothing(graph, capsys):
     config = shipped("sweep")
-    slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), config, dry_run=True)
+    slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), need(graph), config, stages.SEVERAL, dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     assert [w[0] for w in words] == ["sbatch"] * 5 and "--dependency=afterany:<1-02-label>" in words[3]
     assert not Path(graph.root).exists()
+
+
+def test_who_plans_holds_no_device(cli, tiny_model, tiny_task, tmp_path):
+    """Planning a sweep imports jax and asks it for no device: on a login node there is none, and a pool leaves them to its runs."""
+    other = tiny.write_model(tmp_path / "other", n_embd=24, n_inner=96)
+    keys = {"models": f"{tiny_model},{other}", "tasks": tiny_task, "executor": "slurm", "slurm__chip": "h100"}
+    done = cli("--config=sweep", *tiny.flags(**keys), f"--workdir={tmp_path / 'root'}", "--dry_run", JAX_PLATFORMS="nowhere")
+    assert done.returncode == 0 and done.stdout.count("--gres=gpu:1 ") == 4, done.stderr
 
 
 def test_logs_of_an_object_store_have_a_place(tmp_path):

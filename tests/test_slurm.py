@@ -85,33 +85,34 @@ def test_two_processes_give_way_and_come_back(cluster, swept, cli, tmp_path):
 JOB = """#!/bin/bash
 source {job}
 w2s_job {restarts} {python} -c '
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-print("begins", flush=True)
-time.sleep(60)'
+print("begins", os.environ["SLURM_JOB_ID"] == os.environ.get("SLURM_ARRAY_JOB_ID"), flush=True)
+time.sleep(100)'
 """
 
 
-def begins(log: Path, times: int):
-    return lambda: log.exists() and log.read_text().count("begins") == times
-
-
 def test_restarts_have_an_end_and_a_cancelled_job_stays_so(cluster, tmp_path):
-    def submit(name, restarts):
-        (tmp_path / f"{name}.sh").write_text(JOB.format(job=ROOT / "w2s_jax/job.sh", restarts=restarts, python=sys.executable))
-        return cluster.call("sbatch", "--parsable", "--requeue", "--open-mode=append", f"--output={tmp_path / name}.out",
-                            f"{tmp_path / name}.sh").strip()  # fmt: skip
+    def submit(name, *options):
+        (tmp_path / f"{name}.sh").write_text(JOB.format(job=ROOT / "w2s_jax/job.sh", restarts=1, python=sys.executable))
+        return cluster.call("sbatch", "--parsable", "--requeue", "--open-mode=append", *options, f"{tmp_path / name}.sh").strip()
 
-    stopped, cancelled = submit("stopped", 1), submit("cancelled", 1)
-    logs = [tmp_path / f"{name}.out" for name in ("stopped", "cancelled")]
-    for log in logs:
-        cluster.wait(60, begins(log, 1))
+    def begun(log: Path) -> int:
+        return log.read_text().count("begins") if log.exists() else 0
+
+    array = submit("array", "--array=0-1", f"--output={tmp_path}/array_%a.out")
+    cancelled = submit("cancelled", f"--output={tmp_path}/cancelled.out")
+    tasks, log = [tmp_path / f"array_{i}.out" for i in (0, 1)], tmp_path / "cancelled.out"
+    cluster.wait(90, lambda: all(map(begun, [*tasks, log])))
     cluster.call("scancel", cancelled)
+    first = next(i for i in (0, 1) if "begins True" in tasks[i].read_text())  # the task that has the array's number
     for times in (1, 2):  # as SLURM does before the time limit: the tasks are told, the job's script is not
-        cluster.wait(90, begins(logs[0], times))
-        cluster.call("scancel", "--signal=TERM", stopped)
+        cluster.wait(90, lambda times=times: begun(tasks[first]) == times)
+        cluster.call("scancel", "--signal=TERM", f"{array}_{first}")
+    cluster.wait(90, lambda: "error: stopped after 1 restarts" in tasks[first].read_text())
+    assert "stopped, and queued again: restart 1 of at most 1" in tasks[first].read_text()
+    assert begun(tasks[1 - first]) == 1  # the other one was left alone
+    cluster.call("scancel", array)
     cluster.wait(90)
-    assert "stopped, and queued again: restart 1 of at most 1" in logs[0].read_text()
-    assert "error: stopped after 1 restarts" in logs[0].read_text()
-    assert "queued again" not in logs[1].read_text() and logs[1].read_text().count("begins") == 1
+    assert begun(log) == begun(tasks[1 - first]) == 1 and "queued again" not in log.read_text()
     assert "CANCELLED" in cluster.call("scontrol", "show", "job", cancelled)

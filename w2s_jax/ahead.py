@@ -110,20 +110,24 @@ def training_plan(config, model, texts, settings: Settings, platform: str, steps
 
 def program(config, model, mesh):
     """The `train.Program` of the run."""
+    from w2s_jax import config as config_lib
     from w2s_jax import losses, optimizers, train
 
     loss = losses.make(config.loss, {}, ground_truth=False, label_stats={})
-    return train.Program(model, loss, optimizers.make(config.optimizer, {}), mesh, config.train)
+    return train.Program(model, loss, optimizers.make(config.optimizer, config_lib.optimizer_args(config)), mesh, config.train)
 
 
-def labelling_batches(config, model, texts, settings: Settings, platform: str) -> list:
+def labelling_batches(config, model, texts, settings: Settings, chip: chips.Chip) -> list:
     """The `packing.EvalBatch`es of labelling every document."""
-    from w2s_jax import workload
+    from w2s_jax import ladder, memory, workload
     from w2s_jax.data import packing
 
-    cells = settings.data * settings.fsdp
-    return packing.forward_batches(texts.tokens, cells=cells, embed=model.config.embed,
-                                   tokens_per_batch=workload.tokens_per_batch(config, texts.tokens, cells, platform))
+    cells, longest = settings.data * settings.fsdp, int(texts.sizes.max())
+    tokens = workload.tokens_per_batch(config, texts.tokens, cells, chip.kind)
+    if not config.eval_batch_size:
+        tokens = cells * ladder.forward_tokens(model, memory.abstract_mesh(settings.mesh), tokens // cells, longest, size=chip.memory,
+                                               platform=chip.kind)
+    return packing.forward_batches(texts.tokens, cells=cells, embed=model.config.embed, tokens_per_batch=tokens)
 
 
 # --------------------------------------------------------------------------- the child
@@ -175,17 +179,15 @@ def _compile(point: dict) -> dict:
         if config.what == "train":
             plan = training_plan(config, model, texts, settings, platform)
             shape = max(plan.shapes, key=lambda s: (s.rows * s.time, s.time))
-            dispatch = next(d for d, which in zip(plan.dispatches, plan.shape_of) if plan.shapes[which] == shape)
             steps, group = len(plan.batches), max(map(len, plan.dispatches))
-            zeros = np.zeros(steps)
-            xs = train.stack_inputs(plan, dispatch, shape, group, texts, zeros, zeros)
+            xs = train.dispatch_inputs(texts, plan, plan.shapes.index(shape))
             arguments = train.abstract_arguments(program(config, model, mesh), xs)
             parts = {"parameters": _bytes([arguments[0], arguments[3]]), "optimizer_state": _bytes(arguments[1])}
             lowered = train.lower(program(config, model, mesh), *arguments)
             out |= {"group": group, "microbatches": plan.microbatches, "useful": plan.useful, "computed": plan.computed,
                     "shapes": [[s.rows, s.time] for s in plan.shapes], "share": _share(plan, shape, model.config.embed)}
         else:
-            batches = labelling_batches(config, model, texts, settings, platform)
+            batches = labelling_batches(config, model, texts, settings, topology.chip)
             largest = max(batches, key=lambda b: b.arrays["tokens"].size)
             shape_of = lambda b: b.arrays["tokens"].shape[1:]  # noqa: E731
             params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model.abstract,

@@ -51,6 +51,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "slurm.restarts": (0, 1e6),
     "probe_args.k": (1, math.inf), "probe_args.l2": (TINY, 1e30), "probe_args.folds": (2, math.inf),
 }  # fmt: skip
+WORDS = (("loss_args.radius", "midweak"), ("microbatch_size", "auto"))  # in place of a number
 RANGES_OF_STAGE = {(stage, key): (0, math.inf) for stage in ("vision", "vision_train") for key in ("n_train", "n_test")}  # 0 = the rest
 RUNS = ("run", "weak", "ceiling", "student", "label")  # keys that name a run directory
 
@@ -84,8 +85,8 @@ def _check_values(c: ConfigDict, defaults: dict, losses: tuple[str, ...], probes
             continue
         if key in CHOICES:
             _choose(key, value, OF_STAGE.get((c.get("stage"), key), CHOICES[key]))
-        if key in RANGES and not (key == "loss_args.radius" and value == "midweak"):
-            _in_range(key, value, RANGES_OF_STAGE.get((c.get("stage"), key)))
+        if key in RANGES and (key, value) not in WORDS:
+            _in_range(key, value, RANGES_OF_STAGE.get((c.get("stage"), key)), whole=key == "microbatch_size")
     if losses:
         _check_arguments(c, "loss", LOSS_ARGS, losses)
     if "optimizer" in c:
@@ -240,7 +241,8 @@ def _in_range(key: str, value, limits: tuple[float, float] | None = None, whole:
     if isinstance(value, bool) or not isinstance(value, kinds) or not (low <= value <= high and value < math.inf):
         lower = "above 0" if low == TINY else f"at least {low:g}"
         upper = "" if math.isinf(high) else " and below 1" if 1 - 1e-8 < high < 1 else f" and at most {high:g}"
-        raise UserError(f"config.{key}: {value!r}, expected {describe(int if whole else float)} {lower}{upper}")
+        word = "".join(f", or {word!r}" for name, word in WORDS if name == key)
+        raise UserError(f"config.{key}: {value!r}, expected {describe(int if whole else float)} {lower}{upper}{word}")
 
 
 def _check_keys(flat: dict, expected: dict, reference: ConfigDict, stage: str) -> None:

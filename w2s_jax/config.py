@@ -29,11 +29,11 @@ LOSS_ARGS: dict[str, dict] = {
 
 # Arguments that each optimizer takes, with its defaults.
 OPTIMIZER_ARGS: dict[str, dict] = {
-    "adam": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
-    "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+    "adam": {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "mu_dtype": "float32"},
+    "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "mu_dtype": "float32"},
     "adafactor": {},
     "sgd": {"momentum": 0.0},
-    "lion": {"b1": 0.9, "b2": 0.99},
+    "lion": {"b1": 0.9, "b2": 0.99, "mu_dtype": "float32"},
     "adafactor_openai": {},
 }
 
@@ -58,6 +58,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
+    "offload": ("none", "optimizer"),
     "train": ("full", "head", "lora"),
     "what": ("train", "label"),
     "head_init": ("zeros", "normal", "small", "unembedding"),
@@ -69,6 +70,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": tuple(LOSS_ARGS),
     "schedule": ("constant", "cosine", "linear"),
     "optimizer": tuple(OPTIMIZER_ARGS),
+    "optimizer_args.mu_dtype": ("float32", "bfloat16"),
     "probe": tuple(PROBE_ARGS),
     "mode": ("predict", "filter", "relabel", "extract"),
     "pool": ("last", "mean"),
@@ -85,7 +87,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 # Keys that change how a run is executed, not what comes out: two runs that differ only in these are the same run.
 EXECUTION = (
-    "mesh", "microbatch_size", "remat", "attention", "steps_per_dispatch", "logger", "log_every", "eval_every",
+    "mesh", "microbatch_size", "remat", "offload", "attention", "steps_per_dispatch", "logger", "log_every", "eval_every",
     "checkpoint_every", "keep", "eval_batch_size", "features", "workers", "pictures", "predictions", "workdir",
     "bad_images",  # error ends a run where skip leaves something out: a run that is done has the same results with both
 )  # fmt: skip
@@ -327,6 +329,8 @@ def identity(c: ConfigDict, fingerprints: dict[str, str]) -> dict:
         result["loss_args"] = loss_args(c)
     if "optimizer" in c:
         result["optimizer_args"] = optimizer_args(c)
+        if result["optimizer_args"].get("mu_dtype") == "float32":  # as it was before there was a choice
+            del result["optimizer_args"]["mu_dtype"]
     if "lora" in c and c.train != "lora":
         result["lora"] = None
     if "probe" in c:

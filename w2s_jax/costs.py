@@ -18,6 +18,7 @@ from w2s_jax.trainable import split_params
 BANDWIDTH = 0.8  # share of the published bandwidths, of memory and links, that is reached
 HOP = 1e-6  # seconds from a chip to the next one, which no collective is faster than
 ROOM = 0.92  # share of a chip's memory that the arithmetic may fill before a compilation is spent on it
+NARROW = 1.1  # splitting tensors must save this factor: narrower products reach less of the peak, and programs take longer to compile
 LADDER = ("none", "full")  # policies that are tried, from the fastest to the smallest
 
 
@@ -147,9 +148,10 @@ def work(model, settings: Settings, shape: Shape, *, microbatches: int, train: s
 
 
 def meshes(devices: int, model, most: int) -> list[dict[str, int]]:
-    """Meshes over all devices: with at most `most` cells (a batch has no more documents), tensors split as heads and MLP divide."""
+    """Meshes over all devices: with at most `most` cells (a batch has no more documents), tensors split as heads of both kinds and MLP
+    divide: attention whose heads do not divide is computed whole on every device."""
     c, out = model.config, []
-    for split in (s for s in range(1, devices + 1) if devices % s == 0 and c.heads % s == 0 and c.mlp % s == 0):
+    for split in (s for s in range(1, devices + 1) if devices % s == 0 and not any(n % s for n in (c.heads, c.kv_heads, c.mlp))):
         cells = devices // split
         if cells <= most:
             out += [{"data": cells // fsdp, "fsdp": fsdp, "model": split} for fsdp in range(1, cells + 1) if cells % fsdp == 0]

@@ -56,7 +56,7 @@ class Documents(store.Source):
     def orders(self) -> list[np.ndarray]:
         tokens, mesh = self.examples.tokens, self.loaded.mesh
         self.batches = forward.pack(tokens, mesh, embed=self.width,
-                                    tokens_per_batch=workload.forward_tokens(self.config, tokens, mesh))
+                                    tokens_per_batch=workload.forward_tokens(self.config, tokens, mesh, self.loaded.model))
         return [batch.documents[batch.documents >= 0] for batch in self.batches]
 
     def outputs(self, layers, start, stats, progress):

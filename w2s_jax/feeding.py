@@ -152,7 +152,7 @@ def dispatch_ranges(total: int, group: int, *cadences: int) -> list[range]:
 
 
 def make_plan(config, model, corpus: Corpus, batches: list[np.ndarray], mesh) -> packing.Plan:
-    """The plan of a run; execution keys change it, never its results beyond rounding."""
+    """The plan of a run; execution keys change it, never its results beyond rounding. microbatch_size "auto": the whole batch."""
     return plan_cells(config, model, corpus, batches, cells=mesh_lib.cells(mesh), platform=mesh.devices.flat[0].platform)
 
 
@@ -161,5 +161,5 @@ def plan_cells(config, model, corpus: Corpus, batches: list[np.ndarray], *, cell
     size = len(batches[0])
     group = steps_per_dispatch(config, model, float(corpus.places.mean() * size), platform)
     ranges = dispatch_ranges(len(batches), group, config.eval_every, config.checkpoint_every)
-    microbatches = -(-size // config.microbatch_size) if config.microbatch_size else 1
+    microbatches = -(-size // config.microbatch_size) if config.microbatch_size not in (0, "auto") else 1
     return corpus.plan(batches, ranges, microbatches=microbatches, cells=cells, embed=model.config.embed)

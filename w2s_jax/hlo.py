@@ -1,7 +1,7 @@
 """What a compiled program costs, read from its HLO text: matrix FLOPs, memory traffic and collectives of one device, loops counted.
 
 XLA's own cost analysis counts the body of a loop once, however often it runs; here every computation counts as often as it is run:
-a loop's trips are read from `known_trip_count`, or from the constant that its condition compares with. A loop without either
+a loop's trips are read from `known_trip_count`, or from the constants that it counts from, by and to. A loop without either
 (`train._dispatch` runs a number of steps that is an input) counts once.
 
 Works on the text of an optimized module of any backend; the instructions that only XLA's TPU backend writes (memory spaces, clones of
@@ -16,11 +16,9 @@ import functools
 import math
 import re
 
-_SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4,
-          "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
-_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
-_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+from w2s_jax import hlo_text
+from w2s_jax.hlo_text import Instruction
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")
 # Instructions that move nothing by themselves.
@@ -33,39 +31,6 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _ALIASES = ("bitcast", "reshape", "copy", "convert", "transpose")  # inside a fusion: what only passes its operand on
 # Matrix products, each 2 * rows * heads * time^2 * width, of the kernels that splash attention consists of.
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """One array of a shape: `dims`, bytes an element, and whether it lies in the main memory (not in a TPU's vector memory)."""
-
-    dims: tuple[int, ...]
-    itemsize: float
-    main: bool
-
-    @property
-    def bytes(self) -> float:
-        return math.prod(self.dims) * self.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    name: str
-    arrays: tuple[Array, ...]
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str  # attributes, and of a constant or a parameter what stands in its parentheses
-    root: bool
-
-    @property
-    def bytes(self) -> float:
-        """In main memory."""
-        return sum(a.bytes for a in self.arrays if a.main)
-
-    def called(self, key: str) -> str | None:
-        """The computation that the attribute `key` names."""
-        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
-        return found[1] if found else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,55 +69,10 @@ def cost(text: str, devices: int = 1) -> Cost:
     return _Module(text, devices).cost()
 
 
-def _bracketed(text: str, start: int) -> int:
-    """Position behind the bracket that closes the one at `start`."""
-    depth = 0
-    for at in range(start, len(text)):
-        depth += (text[at] in "([{") - (text[at] in ")]}")
-        if not depth:
-            return at + 1
-    return len(text)
-
-
-def _arrays(text: str) -> tuple[Array, ...]:
-    out = []
-    for kind, dims, layout in _ARRAY.findall(text):
-        if kind in _SIZES or kind.startswith("f8"):
-            space = re.search(r"S\((\d+)\)", layout)
-            out.append(Array(tuple(int(d) for d in dims.split(",") if d), _SIZES.get(kind, 1), not space or space[1] == "0"))
-    return tuple(out)
-
-
-def _instruction(line: str) -> Instruction | None:
-    found = _LINE.match(line)
-    if not found:
-        return None
-    line = re.sub(r"/\*.*?\*/", "", line[found.end():])
-    end = _bracketed(line, 0) if line.startswith("(") else line.find(" ")
-    shape, rest = line[:end], line[end:].strip()
-    opens = rest.find("(")
-    if opens < 1:
-        return None
-    closes = _bracketed(rest, opens)
-    inside = rest[opens + 1 : closes - 1]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(w for w in inside.replace(" ", "").split(",") if re.match(r"[a-zA-Z]", w))
-    keep = inside if rest[:opens] in ("constant", "parameter") else ""
-    return Instruction(found[2], _arrays(shape), rest[:opens], operands, keep + rest[closes:], bool(found[1]))
-
-
 class _Module:
     def __init__(self, text: str, devices: int):
         self.devices = devices
-        self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry, inside = "", None
-        for line in text.splitlines():
-            if not line.startswith(" ") and (head := _HEAD.match(line)):
-                inside = self.computations.setdefault(head[2], {})
-                self.entry = head[2] if head[1] else self.entry
-            elif inside is not None and (instruction := _instruction(line)):
-                inside[instruction.name] = instruction
-        if not self.entry:
-            raise ValueError("no ENTRY computation in this text: it is no HLO module")
+        self.computations, self.entry = hlo_text.read(text)
         # How often each computation runs; where it stands, and in how many loops, plays no part.
         self.times: dict[str, float] = collections.Counter()
         self.fused: set[str] = set()  # computations inside a fusion, or applied to elements: they move nothing themselves
@@ -165,7 +85,7 @@ class _Module:
             self.fused.add(name)
         for i in self.computations.get(name, {}).values():
             if i.opcode == "while":
-                trips = self._trips(i)
+                trips = self._trips(name, i)
                 self.loops.append(trips)
                 self._visit(i.called("body"), times * trips, fused)
                 continue
@@ -175,7 +95,7 @@ class _Module:
             for key in ("calls", "to_apply", "called_computations"):
                 if inner := i.called(key):
                     if inner in self.computations:
-                        inside = i.opcode in ("fusion", "custom-call") or (key == "to_apply" and i.opcode != "call")
+                        inside = i.opcode in ("fusion", "custom-call", "async-start") or (key == "to_apply" and i.opcode != "call")
                         self._visit(inner, times, fused or inside)
             for key in ("true_computation", "false_computation"):
                 if inner := i.called(key):
@@ -184,17 +104,55 @@ class _Module:
     def _weight(self, name: str) -> float:
         return sum(self._flops(name, i) for i in self.computations[name].values()) + len(self.computations[name])
 
-    def _trips(self, loop: Instruction) -> int:
+    def _trips(self, name: str, loop: Instruction) -> int:
+        """As XLA wrote them down; else (bound - start) / step of the number that the condition compares, where these are constants."""
         if known := re.search(r'known_trip_count"?[=:]\s*\{"?n"?[=:]\s*"?(\d+)', loop.rest):
             return int(known[1])
-        body = self.computations[loop.called("condition")]
-        compare = next((i for i in body.values() if i.opcode == "compare"), None)
-        if compare is None:  # fused away: the only constant of the condition
-            compare = next((i for i in body.values() if i.root), None)
-        for name in compare.operands if compare else ():
-            if name in body and body[name].opcode == "constant" and (value := re.match(r"\s*(\d+)", body[name].rest)):
-                return max(int(value[1]), 1)
-        return 1
+        condition, body = loop.called("condition"), loop.called("body")
+        end = next((i for i in self.computations[condition].values() if i.opcode == "compare"), None)
+        if end is None:  # fused: its operands are the compared ones
+            end = next((i for i in self.computations[condition].values() if i.root), None)
+        bound = next((v for o in end.operands if (v := self._constant(condition, o)) is not None), None) if end else None
+        if bound is None:
+            return 1
+        number = next((int(found[1]) for o in end.operands if (found := self._number(condition, o))), None)
+        start, step = 0, 1
+        if number is not None:
+            init, result = self._element(name, loop.operands[0], number), next(i for i in self.computations[body].values() if i.root)
+            start = (init and self._constant(name, init)) or 0
+            step = self._step(body, result.operands[number]) if result.opcode == "tuple" else 1
+        return max(-(-(bound - start) // step), 1)
+
+    def _source(self, name: str, operand: str) -> Instruction | None:
+        """The instruction that a value comes from, copies left out."""
+        i = self.computations[name].get(operand)
+        while i is not None and i.opcode in ("copy", "bitcast") and i.operands[0] in self.computations[name]:
+            i = self.computations[name][i.operands[0]]
+        return i
+
+    def _constant(self, name: str, operand: str) -> int | None:
+        i = self._source(name, operand)
+        value = re.match(r"\s*(-?\d+)\b", i.rest) if i is not None and i.opcode == "constant" else None
+        return int(value[1]) if value else None
+
+    def _number(self, name: str, operand: str) -> re.Match | None:
+        """Which element of a loop's state a value is."""
+        i = self._source(name, operand)
+        return re.search(r"\bindex=(\d+)", i.rest) if i is not None and i.opcode == "get-tuple-element" else None
+
+    def _element(self, name: str, operand: str, number: int) -> str | None:
+        i = self._source(name, operand)
+        return i.operands[number] if i is not None and i.opcode == "tuple" and number < len(i.operands) else None
+
+    def _step(self, name: str, operand: str) -> int:
+        """What is added to a number from trip to trip."""
+        i = self._source(name, operand)
+        if i is not None and i.opcode == "fusion" and i.called("calls") in self.computations:
+            name = i.called("calls")
+            i = next((x for x in self.computations[name].values() if x.opcode == "add"), None)
+        if i is None or i.opcode != "add":
+            return 1
+        return next((v for o in i.operands if (v := self._constant(name, o)) and v > 0), 1)
 
     # ------------------------------------------------------------------ arithmetic
 
@@ -235,7 +193,9 @@ class _Module:
                 for place, operand in enumerate(user.operands):
                     if operand != at:
                         continue
-                    if user.opcode in _SLICES and place == 0:
+                    if user.opcode in COLLECTIVES or "AsyncCollective" in user.rest:
+                        pass  # counted as what they are
+                    elif user.opcode in _SLICES and place == 0:
                         total += sum(a.bytes for a in user.arrays)
                     elif user.opcode == "dynamic-update-slice" and place == 0:
                         pass  # written in place
@@ -264,6 +224,8 @@ class _Module:
         for part, array in zip(parts, i.arrays):
             while part.opcode in _ALIASES and part.operands and part.operands[0] in body:
                 part = body[part.operands[0]]
+            if part.opcode == "parameter" or part.opcode in COLLECTIVES or "AsyncCollective" in part.rest:
+                continue  # passed on as it is; counted as a collective
             if part.opcode == "dynamic-update-slice" and array.main:
                 total += sum(a.bytes for a in body[part.operands[1]].arrays)
             elif array.main:
@@ -275,9 +237,15 @@ class _Module:
         if i.opcode in _FREE or re.search(r'custom_call_target="(AllocateBuffer|ConcatBitcast|Sharding|AsyncCollective\w+)"', i.rest):
             return 0.0
         inside = self.computations[name]
-        if i.opcode in ("copy-start", "slice-start", "async-start") or i.opcode.removesuffix("-start") in COLLECTIVES:
-            read = sum(inside[o].bytes for o in i.operands if o in inside)
-            return read + (max((a.bytes for a in i.arrays if a.main), default=0.0) if not i.opcode.startswith("slice") else 0.0)
+        if i.opcode.removesuffix("-start") in COLLECTIVES:  # counted where the parts of one are known to be one
+            return 0.0
+        if i.opcode in ("copy-start", "slice-start", "async-start"):  # a tuple of what is read, of the result and of a flag
+            taken = [a for o in i.operands if o in inside for a in inside[o].arrays]
+            given = [a for a in i.arrays if a.dims]
+            for a in taken:
+                if a in given:
+                    given.remove(a)
+            return sum(a.bytes * (any(x.main for x in taken) + a.main) for a in given)
         total = self._writes(name, i)
         for place, operand in enumerate(i.operands):
             source = inside.get(operand)
@@ -296,8 +264,8 @@ class _Module:
 
     # ------------------------------------------------------------------ collectives
 
-    def _collective(self, name: str, i: Instruction) -> tuple[str, int, float] | None:
-        """Kind, devices in a group, bytes that a device sends; None where it is none."""
+    def _collective(self, name: str, i: Instruction) -> tuple[str, int, float, float] | None:
+        """Kind, devices in a group, bytes that a device sends, bytes to and from its memory; None where it is none."""
         kind = i.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             return None
@@ -312,7 +280,8 @@ class _Module:
             kind = "reduce-scatter"
         sent = {"all-gather": given * share, "reduce-scatter": taken * share, "all-reduce": 2 * taken * share,
                 "collective-permute": taken, "collective-broadcast": taken}.get(kind, taken * share)
-        return (kind, n, sent) if n > 1 else None
+        moved = i.bytes + (0 if i.opcode.endswith("-start") else sum(inside[o].bytes for o in i.operands if o in inside))
+        return (kind, n, sent, moved) if n > 1 else None
 
     def _group(self, i: Instruction) -> int:
         if i.opcode.startswith("collective-permute"):
@@ -331,7 +300,7 @@ class _Module:
 
     def cost(self) -> Cost:
         flops = attention = moved = once = 0.0
-        found: dict[tuple, tuple[float, float]] = {}
+        found: dict[tuple, tuple[float, float, float]] = {}
         for name, inside in self.computations.items():
             times = self.times.get(name, 0.0)
             if not times:
@@ -343,13 +312,14 @@ class _Module:
                 if name not in self.fused:
                     moved += times * self._bytes(name, i)
                 if collective := self._collective(name, i):
-                    kind, group, sent = collective
+                    kind, group, sent, touched = collective
                     channel = re.search(r"channel_id=(\d+)", i.rest)
                     # The parts of one asynchronous collective (start, each step, done) carry one channel.
                     key = (kind, group, channel[1] if channel else (name, i.name))
-                    found[key] = max(found.get(key, (0.0, 0.0)), (times, sent))
+                    found[key] = max(found.get(key, (0.0, 0.0, 0.0)), (times, sent, touched))
         sums: dict[tuple[str, int], list[float]] = {}
-        for (kind, group, _), (times, sent) in found.items():
+        for (kind, group, _), (times, sent, touched) in found.items():
+            moved += times * touched
             total = sums.setdefault((kind, group), [0, 0.0])
             total[0] += times
             total[1] += times * sent

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import signal
 import sys
 import threading
 
 RESTARTABLE = 75  # EX_TEMPFAIL of sysexits.h
+PARENT = "W2S_PARENT"  # environment variable: the process without which this one is to end (see `follow_parent`)
 
 _requested = threading.Event()
 _depth = 0  # of blocks that put SIGTERM off
@@ -47,6 +49,23 @@ def stop(goes_on: str = "") -> None:
     if not _raised:
         _raised = True
         raise Stopped(goes_on)
+
+
+def follow_parent() -> None:
+    """Linux: SIGTERM comes to this process when the one that PARENT names, its parent, dies: nobody else would end it.
+
+    A pool that is killed so takes its runs along, and the next one finds them free.
+    """
+    parent = os.environ.pop(PARENT, "")
+    if not parent or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):  # it died before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def install() -> None:

@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 def cli() -> None:
     """The command `w2s`."""
     interrupts.install()
+    interrupts.follow_parent()
     sys.exit(main())
 
 
@@ -181,7 +182,7 @@ def parse(argv: list[str], spec: tuple[str, str | None]) -> tuple[ConfigDict, di
     """
     config = configs.load(*spec)
     known = configs.flatten(config)
-    argv = _join_tuples(argv, known)
+    argv = [word for given in _join_tuples(argv, known) for word in _spelled_mesh(given, config)]
     overrides = [(i, m) for i, word in enumerate(argv) if (m := re.match(r"--?(no)?config\.([^=]+)(=(.*))?$", word, re.DOTALL))]
     for index, match in overrides:
         key = match[2]
@@ -233,6 +234,23 @@ def _join_tuples(argv: list[str], known: dict) -> list[str]:
             place[match[1]] = len(joined)
             joined.append(f"--config.{match[1]}" + ("" if text is None else f"={text}"))
     return joined
+
+
+def _spelled_mesh(word: str, config: ConfigDict) -> list[str]:
+    """A whole mesh in one flag, `--config.mesh=auto`, `1x8x1` or `data=2,fsdp=4`, as one flag an axis; any other word as it is."""
+    match = re.match(r"--?config\.((?:\w+\.)*mesh)=(.*)$", word, re.DOTALL)
+    if not match or not isinstance(mesh := _get(config, match[1]), ConfigDict):
+        return [word]
+    axes, text = list(mesh), match[2].strip()
+    sizes = text.split("x")
+    if text == "auto":
+        sizes = ["0"] * len(axes)
+    elif "=" in text:
+        named = dict(part.split("=", 1) if "=" in part else (part, "") for part in text.replace(" ", "").split(","))
+        sizes = [named.pop(axis, "0") for axis in axes] if set(named) <= set(axes) else []
+    if len(sizes) != len(axes) or not all(re.fullmatch(r"-?\d+", size) for size in sizes):
+        raise UserError(f"--{word.lstrip('-')}: expected auto, the sizes of {', '.join(axes)} as in 1x8x1, or some as in data=2,fsdp=4")
+    return [f"--config.{match[1]}.{axis}={size}" for axis, size in zip(axes, sizes)]
 
 
 def _tuple_text(text: str, default: tuple) -> str:

@@ -86,7 +86,7 @@ def _shard_sizes(abstract, shardings) -> list[int]:
 
 
 def estimate(model, mesh: Mapping[str, int], shape: Shape, *, slots: int, optimizer=None, train: str = "full", microbatches: int = 1,
-             group: int = 1, remat: str | None = None, platform: str = "cpu") -> Memory:
+             group: int = 1, remat: str | None = None, offload: str = "none", platform: str = "cpu") -> Memory:
     """What a training step (or, without an `optimizer`, a forward pass) needs on one device.
 
     Args:
@@ -99,14 +99,14 @@ def estimate(model, mesh: Mapping[str, int], shape: Shape, *, slots: int, optimi
       microbatches: of a step.
       group: steps in one call of the device; their inputs lie there together.
       remat: a key of `models.backbone.REMAT`; None = the model's own.
+      offload: "optimizer": the optimizer's state is on the device during the update alone.
       platform: decides attention's implementation where the model leaves it open. On a CPU, XLA holds what is computed in bfloat16
         (activations and gradients, not what lies there between steps) as float32.
     """
     grid = abstract_mesh(mesh)
     shardings, _ = mesh_lib.param_shardings(grid, model.abstract)
     parameters = sum(_shard_sizes(model.abstract, shardings))
-    one_token = 4 * 3 * _FLOAT  # tokens, segments, positions, and what the masks are made of
-    inputs = group * microbatches * (shape.rows * shape.time * one_token + 2 * slots * _FLOAT)
+    inputs = group * microbatches * _FLOAT * (3 * shape.rows * shape.time + 2 * slots)  # tokens, segments, positions; documents, last
     size = _FLOAT if platform == "cpu" else model.compute.dtype.itemsize  # of a number of an activation
     layer = _Layer(model, grid, shape, slots, remat or model.compute.remat, platform, size)
     passed = optimizer is not None and train != "head"  # whether gradients go through the layers
@@ -123,6 +123,8 @@ def estimate(model, mesh: Mapping[str, int], shape: Shape, *, slots: int, optimi
     kept = layer.kept * model.config.layers if passed else 0
     # Rules of elements work in place; rules of whole tensors hold float32 copies of the largest one.
     update = 3 * max(whole) if OPTIMIZERS[optimizer.name].per_tensor else 0
+    if offload == "optimizer":
+        state, update = 0, update + state
     return Memory(parameters, state, inputs, gradients, kept, work + weights, head, update)
 
 
@@ -156,8 +158,9 @@ class _Layer:
             "everything_saveable": size * entry + _FLOAT * (2 * products + 2 * up + 3 * entry + attended + 3 * scores),
         }[remat])
         again = 0 if remat in ("none", "dots", "dots_no_batch", "everything_saveable") else products + attended
-        self.backward = int(size * (again + products + attended) + _FLOAT * (2 * up + 2 * entry + 3 * scores))
-        self.forward = int(max(size * (qkv + attended + 2 * entry) + 2 * _FLOAT * scores, size * (2 * up + 2 * entry)))
+        copies = 4 if platform == "cpu" else 3  # of the scores, forward and backward; others fuse more of what is done to them
+        self.backward = int(size * (again + products + attended) + _FLOAT * (2 * up + 2 * entry + copies * scores))
+        self.forward = int(max(size * (qkv + attended + 2 * entry) + (copies - 1) * _FLOAT * scores, size * (2 * up + 2 * entry)))
 
 
 def _gathered(model, grid, shardings, size: int) -> int:
@@ -180,4 +183,14 @@ def _head(model, grid, shape: Shape, size: int, backward: bool) -> int:
         return states
     cells, rows = grid.shape["data"] * grid.shape["fsdp"], shape.rows
     at_once = max((r for r in range(1, rows + 1) if rows % r == 0 and cells * r * shape.time * c.vocab <= LOGITS_AT_ONCE), default=1)
-    return states + at_once * shape.time * c.vocab * _FLOAT * copies + c.vocab * c.embed * size * (copies - 1)
+    table = c.vocab * c.embed * size if grid.size > 1 or size < model.param_dtype.itemsize else 0
+    return states + 2 * at_once * shape.time * c.vocab * _FLOAT + table * (copies - 1)
+
+
+def of_program(compiled) -> int | None:
+    """Bytes that a compiled program holds on a device at once, by the compiler's account; None where the backend gives none."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    return (found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes
+            + found.generated_code_size_in_bytes)

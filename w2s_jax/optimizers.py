@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from w2s_jax.config import OPTIMIZER_ARGS
+from w2s_jax.config import CHOICES, OPTIMIZER_ARGS, optimizer_args
 from w2s_jax.errors import UserError, nearest
 from w2s_jax.mesh import map_paths, paths
 
@@ -69,7 +69,19 @@ def learning_rates(schedule: str, peak: float, total_steps: int, warmup_steps: i
 # Rules: optax transformations whose update is a direction; the step is minus the learning rate times it.
 
 
-def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def _kept_in(tx: optax.GradientTransformation, mu_dtype: str) -> optax.GradientTransformation:
+    """`tx` with first moments that are stored in `mu_dtype`, and rounded to it once an update, behind the direction."""
+    def stored(state):
+        return state._replace(mu=jax.tree.map(lambda m: m.astype(mu_dtype), state.mu))
+
+    def update(grads, state, params=None):
+        directions, state = tx.update(grads, state._replace(mu=_float32(state.mu)), params)
+        return directions, stored(state)
+
+    return optax.GradientTransformation(lambda params: stored(tx.init(params)), update)
+
+
+def _adam(b1: float, b2: float, eps: float, mu_dtype: str) -> optax.GradientTransformation:
     """optax.scale_by_adam with bias corrections that keep their digits.
 
     optax computes 1 - b2**t in float32, which for b2 = 0.999 is off by 1e-5 of itself in the first steps, a hundred
@@ -82,7 +94,7 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
         c1, c2 = (-jnp.expm1(state.count * math.log(b)) if b > 0 else jnp.float32(1) for b in (b1, b2))
         return jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), state.mu, state.nu), state
 
-    return optax.GradientTransformation(moments.init, update)
+    return _kept_in(optax.GradientTransformation(moments.init, update), mu_dtype)
 
 
 def _adafactor() -> optax.GradientTransformation:
@@ -131,12 +143,13 @@ class _Kind(NamedTuple):
     notice: str = ""
 
 
+MU_DTYPES = CHOICES["optimizer_args.mu_dtype"]
 OPTIMIZERS: dict[str, _Kind] = {
     "adam": _Kind(_adam),
     "adamw": _Kind(_adam),
     "adafactor": _Kind(_adafactor, per_tensor=True),
     "sgd": _Kind(lambda momentum: optax.trace(momentum) if momentum else optax.identity()),
-    "lion": _Kind(optax.scale_by_lion),
+    "lion": _Kind(lambda b1, b2, mu_dtype: _kept_in(optax.scale_by_lion(b1, b2), mu_dtype)),
     "adafactor_openai": _Kind(_adafactor_openai, per_tensor=True, applies_lr=False,
                               notice="learning_rate and schedule are logged but not applied: its steps are relative"),
 }
@@ -170,8 +183,9 @@ def _per_tensor(tx: optax.GradientTransformation, stacked: Callable[[str], bool]
 class Optimizer:
     """An optimizer with its arguments. Equal ones hash alike: use it as a static argument of jit or a key of a cache.
 
-    Parameters and gradients are nested dicts of arrays. The state and the arithmetic are float32 whatever the
-    parameters' type: bfloat16 second moments with b2 = 0.999 would stand still.
+    Parameters and gradients are nested dicts of arrays. The arithmetic is float32 whatever the parameters' type, and so is the
+    state but for first moments under mu_dtype=bfloat16, which changes what Adam and Lion hold from 8 and 4 bytes a parameter to 6
+    and 2. Second moments stay float32: with b2 = 0.999 an update changes them by a thousandth, which bfloat16's 8 bits round away.
 
     Attributes:
       name: a key of `OPTIMIZERS`.
@@ -272,6 +286,11 @@ def _float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
+def of(config) -> Optimizer:
+    """The optimizer of a training config."""
+    return make(config.optimizer, optimizer_args(config), weight_decay=config.weight_decay, grad_clip=config.grad_clip)
+
+
 def make(name: str, args: dict | None = None, *, weight_decay: float = 0.0, grad_clip: float = 0.0,
          stacked: Callable[[str], bool] = is_stacked) -> Optimizer:
     """The optimizer called `name`.
@@ -292,8 +311,17 @@ def make(name: str, args: dict | None = None, *, weight_decay: float = 0.0, grad
         if key not in defaults:
             takes = ", ".join(defaults) or "none"
             raise UserError(f"optimizer_args.{key}: optimizer={name} does not take it, its arguments: {takes}{nearest(key, defaults)}")
-    values = {key: float(value) for key, value in {**defaults, **given}.items()}
+    values = {key: value if isinstance(value, str) else float(value) for key, value in {**defaults, **given}.items()}
+    mu_dtype = values.get("mu_dtype", "float32")
+    if mu_dtype not in MU_DTYPES:
+        raise UserError(f"optimizer_args.mu_dtype={mu_dtype!r}: expected one of {', '.join(MU_DTYPES)}{nearest(mu_dtype, MU_DTYPES)}")
+    decay = "b2" if name == "lion" else "b1"  # of the first moments
+    if mu_dtype == "bfloat16" and values[decay] > 0.99:
+        raise UserError(f"optimizer_args.{decay}={values[decay]!r}: expected at most 0.99 with mu_dtype=bfloat16, whose 8 bits "
+                        "round smaller changes of a first moment away")
     for key, value in values.items():
+        if key == "mu_dtype":
+            continue
         if key == "eps" and not value > 0:
             raise UserError(f"optimizer_args.eps={value!r}: expected a number above 0")
         if key != "eps" and not 0 <= value < 1:

@@ -38,16 +38,19 @@ found = jax.local_devices()
 platform = found[0].platform
 if platform == "gpu":
     platform = "rocm" if "rocm" in found[0].client.platform_version.lower() else "cuda"
-print("DEVICES", platform, len({tuple(d.coords) for d in found} if platform == "tpu" else found))
+memory = (found[0].memory_stats() or {}).get("bytes_limit", 0) if platform != "cpu" else 0
+print("DEVICES", platform, len({tuple(d.coords) for d in found} if platform == "tpu" else found), memory)
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """What a pool hands out: `platform` (cpu | cuda | rocm | tpu), and the names of the devices (of a TPU: chips; of a CPU: slots)."""
+    """What a pool hands out: `platform` (cpu | cuda | rocm | tpu), the names of the devices (of a TPU: chips; of a CPU: slots), and the
+    bytes that programs may use of each (0 = not known)."""
 
     platform: str
     ids: tuple[str, ...]
+    memory: int = 0
 
 
 def find(slots: int = 0, environ=os.environ) -> Devices:
@@ -63,7 +66,7 @@ def find(slots: int = 0, environ=os.environ) -> Devices:
     """
     environ = {**environ, "PYTHONPATH": schedule.python_path(environ), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     asked = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=environ)
-    match = re.search(r"^DEVICES (\w+) (\d+)$", asked.stdout, re.MULTILINE)
+    match = re.search(r"^DEVICES (\w+) (\d+) (\d+)$", asked.stdout, re.MULTILINE)
     if not match:
         last = (asked.stderr.strip().splitlines() or ["no answer"])[-1]
         raise UserError(f"config.executor: 'devices', but jax finds none here: {last}")
@@ -75,7 +78,7 @@ def find(slots: int = 0, environ=os.environ) -> Devices:
     ids = ids if len(ids) == count else tuple(map(str, range(count)))
     if slots > len(ids):
         raise UserError(f"config.slots: {slots}, expected at most the {len(ids)} devices here")
-    return Devices(platform, ids[: slots or None])
+    return Devices(platform, ids[: slots or None], int(match[3]))
 
 
 def _cores() -> list[int]:
@@ -116,18 +119,18 @@ class Pool:
     Args:
       todo: names of the runs to make; what they read besides is done.
       work: how long each takes compared with the others.
+      need: devices that each takes (`schedule.devices`).
       logs: folder of `<run>.log`, appended to.
 
     Raises:
       UserError: a run needs more devices than there are.
     """
 
-    def __init__(self, graph: Graph, todo, work: dict[str, float], devices: Devices, logs: Path):
+    def __init__(self, graph: Graph, todo, work: dict[str, float], need: dict[str, int], devices: Devices, logs: Path):
         self.graph, self.work, self.devices, self.logs = graph, work, devices, logs
         self.waiting = [name for name in sorted(graph.nodes, key=lambda name: -work[name]) if name in set(todo)]
         self.total = len(self.waiting)
-        self.needs = {name: self._need(name) for name in self.waiting}
-        self.free = list(devices.ids)
+        self.needs = {name: self._need(name, need[name]) for name in self.waiting}
         self.running: dict[str, _Child] = {}
         self.done: list[str] = []
         self.failed: dict[str, str] = {}
@@ -135,8 +138,8 @@ class Pool:
         self._stop: int | None = None  # the signal that ends the pool
         self._begin = time.monotonic()
 
-    def _need(self, name: str) -> int:
-        need, there = schedule.devices(self.graph, self.graph.nodes[name]), len(self.devices.ids)
+    def _need(self, name: str, need: int) -> int:
+        there = len(self.devices.ids)
         if need == schedule.ALL:
             return there
         if need > there:
@@ -198,13 +201,21 @@ class Pool:
             if broken := [parent for parent in parents if parent in self.failed]:
                 self.waiting.remove(name)
                 self._fail(name, f"needs {broken[0]}, which failed")
-            elif self.needs[name] <= len(self.free) and not any(p in self.waiting or p in self.running for p in parents):
-                self.waiting.remove(name)
-                self._start(name)
+            elif not any(p in self.waiting or p in self.running for p in parents):
+                if (held := self._free(self.needs[name])) is not None:
+                    self.waiting.remove(name)
+                    self._start(name, held)
 
-    def _start(self, name: str) -> None:
-        held = tuple(self.free[: self.needs[name]])
-        self.free = self.free[len(held):]
+    def _free(self, count: int) -> tuple[str, ...] | None:
+        """So many free devices, of a TPU a rectangle of chips; None where there are not."""
+        ids = self.devices.ids
+        free = [i for i in ids if not any(i in child.held for child in self.running.values())]
+        if self.devices.platform == "tpu" and 1 < count < len(ids):
+            blocks = [ids[at: at + count] for at in range(0, len(ids) - count + 1, count)]
+            return next((block for block in blocks if set(block) <= set(free)), None)
+        return tuple(free[:count]) if count <= len(free) else None
+
+    def _start(self, name: str, held: tuple[str, ...]) -> None:
         log = self.logs / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         cores = _cores()
@@ -215,9 +226,9 @@ class Pool:
         try:
             with open(log, "ab") as out:
                 offset = out.tell()
-                process = subprocess.Popen(
-                    schedule.command(self.graph.root, name), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                    env=environment(self.devices, held), start_new_session=True, preexec_fn=_die_with_parent)  # Ctrl-C is for the pool
+                environ = environment(self.devices, held) | {interrupts.PARENT: str(os.getpid())}
+                process = subprocess.Popen(schedule.command(self.graph.root, name), stdout=out, stderr=subprocess.STDOUT, env=environ,
+                                           stdin=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is for the pool
         finally:
             if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, cores)
@@ -232,7 +243,6 @@ class Pool:
             if code is None:
                 continue
             del self.running[name]
-            self.free += child.held
             seconds = clock(time.monotonic() - child.begin)
             path = self.graph.root / name
             if code == 0 and runlog.state(path) == "done":
@@ -254,23 +264,6 @@ class Pool:
         passed = time.monotonic() - self._begin
         parts = [f"{len(self.done)} of {self.total} done", f"{len(self.running)} running", f"{len(self.failed)} failed"]
         return ", ".join(parts + ([f"about {clock(passed * left / made)} left"] if made and left and self._stop is None else []))
-
-
-def _die_with_parent() -> None:
-    """Linux: a pool that is killed takes its processes along (they get SIGTERM), so that the next one finds their runs free."""
-    if _prctl is not None:
-        _prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _load_prctl():
-    if not sys.platform.startswith("linux"):
-        return None
-    import ctypes
-
-    return getattr(ctypes.CDLL(None), "prctl", None)
-
-
-_prctl = _load_prctl()
 
 
 def _why(code: int, child: _Child) -> str:

@@ -11,8 +11,8 @@ from w2s_jax import peft
 from w2s_jax.config import LORA_ARGS
 from w2s_jax.errors import UserError
 
-REPLICATED = {"data": -1, "fsdp": 1, "model": 1}  # a copy of the model on every device
-SPLIT = {"data": 1, "fsdp": -1, "model": 1}  # one copy over all devices: parameters, gradients and moments do not fit one
+# Stages whose mesh, microbatches and rematerialisation, where they are left open, follow from the memory there is (ladder.py).
+BY_MEMORY = ("finetune", "pretrain", "label", "probe", "prompt", "export")
 
 # Regex over a hub id -> defaults: the first rule that matches, and what it leaves out from the last one. Learning rates are for
 # full fine-tuning with Adam at batch size 32: openai/weak-to-strong `train_simple.py` for its own models, else this project's
@@ -20,25 +20,16 @@ SPLIT = {"data": 1, "fsdp": -1, "model": 1}  # one copy over all devices: parame
 RULES: tuple[tuple[str, dict], ...] = (
     # openai/weak-to-strong's ladder
     (r"(openai-community/)?gpt2(-medium)?", {"learning_rate": 5e-5}),
-    (r"(openai-community/)?gpt2-large", {"learning_rate": 1e-5}),
-    (r"(openai-community/)?gpt2-xl", {"learning_rate": 1e-5, "remat": "full"}),
-    (r"Qwen/Qwen-1_8B", {"learning_rate": 1e-5, "remat": "full"}),
-    (r"Qwen/Qwen-(7|14|72)B", {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
+    (r"(openai-community/)?gpt2-(large|xl)|Qwen/Qwen-(1_8|7|14|72)B", {"learning_rate": 1e-5}),
     # EleutherAI/w2s: Qwen1.5-0.5B -> Meta-Llama-3-8B
     (r"Qwen/Qwen1\.5-0\.5B.*", {"learning_rate": 2e-5, "lora_learning_rate": 5e-4}),
-    (r"meta-llama/(Meta-)?Llama-3.*-8B.*", {"learning_rate": 1e-5, "lora_learning_rate": 8e-5, "remat": "full", "mesh": SPLIT}),
+    (r"meta-llama/(Meta-)?Llama-3.*-8B.*", {"learning_rate": 1e-5, "lora_learning_rate": 8e-5}),
     # the usual ladders
     (r"EleutherAI/pythia-(14m|31m|70m|160m|410m)(-deduped)?", {"learning_rate": 5e-5}),
-    (r"EleutherAI/pythia-(1b|1\.4b)(-deduped)?", {"learning_rate": 1e-5}),
-    (r"EleutherAI/pythia-(2\.8b|6\.9b|12b)(-deduped)?", {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
+    (r"EleutherAI/pythia-(1b|1\.4b|2\.8b|6\.9b|12b)(-deduped)?", {"learning_rate": 1e-5}),
     (r"Qwen/Qwen(1\.5|2|2\.5|3)-(0\.5|0\.6)B.*", {"learning_rate": 2e-5}),
-    (r"Qwen/Qwen(1\.5|2|2\.5|3)-(1\.5|1\.7|1\.8)B.*", {"learning_rate": 1e-5, "remat": "full"}),
-    (r"Qwen/Qwen(1\.5|2|2\.5|3)-.*B.*", {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
-    (r"meta-llama/Llama-3\.2-1B.*", {"learning_rate": 1e-5}),
-    (r"meta-llama/.*", {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
-    (r"mistralai/.*7B.*|allenai/OLMo-2-.*|google/gemma-.*-(4|7|9|12|27)b.*|google/gemma-7b.*",
-     {"learning_rate": 1e-5, "remat": "full", "mesh": SPLIT}),
-    (r"google/gemma-.*|microsoft/[Pp]hi-.*", {"learning_rate": 1e-5, "remat": "full"}),
+    (r"Qwen/Qwen(1\.5|2|2\.5|3)-.*B.*|meta-llama/.*|mistralai/.*7B.*|allenai/OLMo-2-.*|google/gemma-.*|microsoft/[Pp]hi-.*",
+     {"learning_rate": 1e-5}),
     # BERT and Google's miniatures (Turc et al. 2019 fine-tune with 3e-5 to 3e-4, the smaller with the larger)
     (r"(google/bert_uncased_L-\d+_H-128_A-2|prajjwal1/bert-tiny)", {"learning_rate": 3e-4}),
     (r"(google/bert_uncased_L-\d+_H-256_A-4|prajjwal1/bert-mini)", {"learning_rate": 2e-4}),
@@ -47,36 +38,37 @@ RULES: tuple[tuple[str, dict], ...] = (
     (r"(google-bert/)?bert-large.*|(FacebookAI/)?roberta-large|answerdotai/ModernBERT-large", {"learning_rate": 1e-5}),
     (r"(google-bert/)?bert-base.*|google/bert_uncased.*|(FacebookAI/)?roberta-.*|answerdotai/ModernBERT-.*", {"learning_rate": 3e-5}),
     # everything else
-    (r".*", {"learning_rate": 5e-5, "lora_learning_rate": 2e-4, "remat": "none", "mesh": REPLICATED, "revision": "main"}),
+    (r".*", {"learning_rate": 5e-5, "lora_learning_rate": 2e-4, "revision": "main"}),
 )
 
 
 def defaults(model: str) -> dict:
-    """`learning_rate`, `lora_learning_rate`, `remat`, `mesh` and `revision` for a hub id; a local folder, whatever its name, has
-    those of the last rule."""
+    """`learning_rate`, `lora_learning_rate` and `revision` for a hub id; a local folder, whatever its name, has those of the last
+    rule."""
     return RULES[-1][1] | next(values for pattern, values in RULES if re.fullmatch(pattern, model))
 
 
 def fill(config: ConfigDict) -> ConfigDict:
     """A copy of a stage's config in which what was left to the model is set; the config itself if nothing was, or it names no model.
 
-    Left open are: learning_rate unset, remat "auto", revision "", mesh axes 0, and LoRA's settings under train=lora, which are then
-    those of the adapter that it starts from (UserError where that cannot be read), or LORA_ARGS. Of a mesh that is partly set the
-    other axes take what is left: `data` all devices (1 where another axis is -1), the others 1. A probe of a run waits
-    for the run's model. A plan chooses mesh and remat itself.
+    Left open are: learning_rate unset, revision "", mesh axes 0, and LoRA's settings under train=lora, which are then those of the
+    adapter that it starts from (UserError where that cannot be read), or LORA_ARGS. Of a mesh that is partly set the other axes take
+    what is left: `data` all devices (1 where another axis is -1), the others 1. A mesh of zeros and remat "auto" wait for the devices
+    where they follow from memory; elsewhere they are one replica a device and none. A probe of a run waits for the run's model. A
+    plan chooses mesh and remat itself.
     """
     if config.get("stage") == "probe" and config.get("run"):
         return config
-    own = defaults(config.get("model") or "")
-    planned = config.get("stage") == "plan"
+    own, planned = defaults(config.get("model") or ""), config.get("stage") == "plan"
     if config.get("train") == "lora":
         own["learning_rate"] = own["lora_learning_rate"]
-    changes: dict = {key: own[key] for key, open_ in (("learning_rate", None), ("remat", "auto"), ("revision", ""))
-                     if key in config and config[key] == open_ and not (planned and key == "remat")}
+    changes: dict = {key: own[key] for key, open_ in (("learning_rate", None), ("revision", ""))
+                     if key in config and config[key] == open_}
     mesh = dict(config.mesh) if "mesh" in config and "model" in config and not planned else {}
-    if mesh and not any(mesh.values()):
-        changes["mesh"] = own["mesh"]
-    elif 0 in mesh.values():
+    by_memory = config.get("stage") in BY_MEMORY
+    if config.get("remat") == "auto" and not by_memory and not planned:
+        changes["remat"] = "none"
+    if 0 in mesh.values() and not (by_memory and not any(mesh.values())):
         rest = {"data": 1 if -1 in mesh.values() else -1, "fsdp": 1, "model": 1}
         changes["mesh"] = {axis: size or rest[axis] for axis, size in mesh.items()}
     if config.get("train") == "lora" and None in config.lora.values():

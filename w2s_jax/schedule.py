@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from etils import epath
@@ -16,7 +17,7 @@ from etils import epath
 from w2s_jax import registry, runlog
 from w2s_jax.errors import UserError
 from w2s_jax.files import dumps, is_object_store, read_json, write_text
-from w2s_jax.graph import Graph, Node
+from w2s_jax.graph import Graph, Node, variant
 
 ALL = -1  # devices of a run: all of its node's
 MOST = 1000  # tasks of one array job (SLURM's default MaxArraySize is 1001)
@@ -25,18 +26,20 @@ MOST = 1000  # tasks of one array job (SLURM's default MaxArraySize is 1001)
 # ---------------------------------------------------------------- what a run needs
 
 
-def devices(graph: Graph, node: Node) -> int:
+def devices(graph: Graph, node: Node, fits: Callable[[Node], bool] = lambda node: True) -> int:
     """Devices that a run takes: 0 (it reads files only), a number, or ALL where one copy of its model is laid over all there are.
 
-    A mesh whose replicas take what is there (`data=-1`) is content with one copy: what fits one device is run on one.
+    A mesh whose replicas take what is there (`data=-1`) is content with one copy: what fits one device is run on one. Of a run whose
+    mesh is left to the memory there is, `fits` says whether it is enough of one device.
     """
     if node.stage == "ensemble":
         return 0
-    mesh = node.config.mesh
-    if node.stage == "label" and not any(mesh.values()):  # the labelling run's own model decides (stages/label.py)
-        mesh = registry.defaults(graph.nodes[node.parents[0]].config.model)["mesh"]
-    else:
-        mesh = registry.fill(node.config).mesh
+    config = node.config
+    if node.stage == "label" and not any(config.mesh.values()):  # the labelling run's own model decides (stages/label.py)
+        config = variant(graph.nodes[node.parents[0]].config, mesh=config.mesh)
+    mesh = registry.fill(config).mesh
+    if not any(mesh.values()):
+        return 1 if fits(node) else ALL
     if -1 in (mesh["fsdp"], mesh["model"]):
         return ALL
     return max(mesh["data"], 1) * mesh["fsdp"] * mesh["model"]
@@ -121,8 +124,9 @@ class Array:
     after: tuple[str, ...]
 
 
-def arrays(graph: Graph, todo, work: dict[str, float], pending=()) -> list[Array]:
-    """The runs `todo` as array jobs, each after those that it waits for, the longest run of each first (`work`: by name).
+def arrays(graph: Graph, todo, work: dict[str, float], need: dict[str, int], pending=()) -> list[Array]:
+    """The runs `todo` as array jobs, each after those that it waits for, the longest run of each first (`work`, and `need`, the number
+    of devices: by name).
 
     A group is a wave (how many runs that are not done, of `todo` or `pending` elsewhere, stand before it), a stage and a number of
     devices. Runs that nothing else reads, such as ceilings, have groups of their own: nobody waits for them.
@@ -135,7 +139,7 @@ def arrays(graph: Graph, todo, work: dict[str, float], pending=()) -> list[Array
         if name in todo or name in pending:
             wave[name] = 1 + max((wave[parent] for parent in node.parents if parent in wave), default=-1)
         if name in todo:
-            groups.setdefault((wave[name], name not in read, node.stage, devices(graph, node)), []).append(name)
+            groups.setdefault((wave[name], name not in read, node.stage, need[name]), []).append(name)
     out: list[Array] = []
     place: dict[str, str] = {}
     for (_, _, stage, count), names in sorted(groups.items()):

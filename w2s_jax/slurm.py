@@ -20,14 +20,14 @@ from pathlib import Path
 from etils import epath
 
 from w2s_jax import schedule
-from w2s_jax.errors import UserError
+from w2s_jax.chips import CHIPS
+from w2s_jax.errors import UserError, nearest
 from w2s_jax.files import read_json, write_json, write_text
 from w2s_jax.graph import Graph, short
 from w2s_jax.progress import say
 from w2s_jax.schedule import ALL, Array
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-SEVERAL = ("finetune", "label", "pretrain")  # stages of a sweep that run in several processes
 FOLDER = "slurm"  # under the sweep's root
 
 
@@ -36,7 +36,7 @@ FOLDER = "slurm"  # under the sweep's root
 
 def check(options) -> None:
     """UserError where the keys `config.slurm.*` are not what sbatch takes."""
-    if options.time and seconds(options.time) <= options.grace:
+    if options.time and 0 < seconds(options.time) <= options.grace:  # 0 = no limit
         raise UserError(f"config.slurm.grace: {options.grace} seconds, expected fewer than config.slurm.time={options.time} has")
     if options.mem and not re.fullmatch(r"\d+[KMGT]?", options.mem):
         raise UserError(f"config.slurm.mem: {options.mem!r}, expected a number with K, M, G or T")
@@ -44,6 +44,8 @@ def check(options) -> None:
         raise UserError(f"config.slurm.options: {strange[0]!r}, expected options of sbatch such as --qos=long")
     if re.search(r"[\s,]", options.gres):
         raise UserError(f"config.slurm.gres: {options.gres!r}, expected one resource without its number, such as gpu or gpu:a100")
+    if options.chip and options.chip not in CHIPS:
+        raise UserError(f"config.slurm.chip: {options.chip!r}, expected one of {', '.join(CHIPS)}{nearest(options.chip, CHIPS)}")
 
 
 def seconds(text: str) -> float:
@@ -87,6 +89,11 @@ def processes(count: int, options) -> int:
     if count > options.devices and count % options.devices:
         raise UserError(f"config.slurm.devices: a run's mesh takes {count} devices, expected a multiple of the {options.devices} of a node")
     return max(math.ceil(count / options.devices), 1)
+
+
+def memory(options) -> int:
+    """Bytes that a program may use of a device; 0 = not known."""
+    return CHIPS[options.chip].memory if options.chip else 0
 
 
 def command(array: Array, options, folder: Path, script: Path, title: str, after=()) -> list[str]:
@@ -200,8 +207,12 @@ def _ask(*words: str) -> str:
     return answer.stdout
 
 
-def submit(graph: Graph, todo, work: dict[str, float], config, dry_run: bool = False) -> dict[str, str]:
+def submit(graph: Graph, todo, work: dict[str, float], need: dict[str, int], config, several, dry_run: bool = False) -> dict[str, str]:
     """Submits the runs `todo` that are not in the queue already, and the report.
+
+    Args:
+      work, need: how long each takes compared with the others, and the devices that it takes.
+      several: the stages that run in several processes.
 
     Returns the job of every run that is queued now. UserError: no SLURM here, or sbatch refuses; what was submitted before stays.
     """
@@ -222,9 +233,9 @@ def submit(graph: Graph, todo, work: dict[str, float], config, dry_run: bool = F
         left = [name for name in todo if name not in queued]
         if already := [name for name in todo if name in queued]:
             say(f"in the queue already: {len(already)} run{'s' * (len(already) > 1)}")
-        arrays = schedule.arrays(graph, left, work, queued)
+        arrays = schedule.arrays(graph, left, work, need, queued)
         for array in arrays:  # all of them fit before one is submitted
-            if processes(array.devices, options) > 1 and array.stage not in SEVERAL:
+            if processes(array.devices, options) > 1 and array.stage not in several:
                 raise UserError(f"{array.runs[0]}: its mesh takes {processes(array.devices, options)} processes, but the stage "
                                 f"{array.stage} runs in one; expected config.slurm.devices={array.devices} or more, or a smaller mesh")
         ids: dict[str, str] = {}

@@ -27,6 +27,7 @@ from w2s_jax.progress import Progress, say
 from w2s_jax.trainable import merge_params, split_params
 
 CELLS = 2  # axis of the cells in the arrays of a dispatch: [group, microbatches, cells, ...]
+HOST = "pinned_host"  # the kind of memory that offloaded state lies in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +39,34 @@ class Program:
     optimizer: optimizers.Optimizer
     mesh: jax.sharding.Mesh
     train: str = "full"
+    offload: str = "none"  # "optimizer": the optimizer's state lies in the host's memory between updates
 
     def shardings(self) -> dict:
         """Shardings of `trainable`, `frozen` and `opt_state`."""
         whole, _ = mesh_lib.param_shardings(self.mesh, self.model.abstract)
         trainable, frozen = split_params(whole, self.train)
         abstract, _ = split_params(self.model.abstract, self.train)
-        return {"trainable": trainable, "frozen": frozen, "opt_state": self.optimizer.state_shardings(abstract, trainable)}
+        return {"trainable": trainable, "frozen": frozen, "opt_state": self.stored(self.optimizer.state_shardings(abstract, trainable))}
+
+    def stored(self, places):
+        """Where the optimizer's state lies between updates, from where it is worked on; scalars stay on the device."""
+        if self.offload == "none":
+            return places
+        return jax.tree.map(lambda place, leaf: place.with_memory_kind(HOST) if leaf.ndim else place, places, self._state)
+
+    @functools.cached_property
+    def _state(self):
+        return jax.eval_shape(self.optimizer.init, split_params(self.model.abstract, self.train)[0])
+
+    def update(self, grads, opt_state, trainable, lr):
+        """The optimizer's update, its state brought in from the host and back where it is offloaded."""
+        if self.offload == "none":
+            return self.optimizer.update(grads, opt_state, trainable, lr)
+        abstract, _ = split_params(self.model.abstract, self.train)
+        whole, _ = mesh_lib.param_shardings(self.mesh, self.model.abstract)
+        places = self.optimizer.state_shardings(abstract, split_params(whole, self.train)[0])
+        trainable, opt_state = self.optimizer.update(grads, jax.device_put(opt_state, places), trainable, lr)
+        return trainable, jax.device_put(opt_state, self.stored(places))
 
 
 def _logits(program: Program, trainable, frozen, batch, key):
@@ -105,7 +127,7 @@ def step(program: Program, trainable, opt_state, loss_state, frozen, key, x):
     """One update. Returns the new `(trainable, opt_state, loss_state)` and float32 `[loss, right answers]`."""
     key = jax.random.fold_in(key, x["step"])
     value, logits, loss_state, grads = _gradients(program, trainable, frozen, loss_state, x, key)
-    trainable, opt_state = program.optimizer.update(grads, opt_state, trainable, x["lr"])
+    trainable, opt_state = program.update(grads, opt_state, trainable, x["lr"])
     right = (jnp.argmax(logits, -1) == jnp.argmax(x["labels"], -1)) * (x["weights"] > 0)
     return trainable, opt_state, loss_state, jnp.stack([value.astype(jnp.float32), right.sum()])
 
@@ -139,23 +161,37 @@ def abstract_arguments(program: Program, xs: dict) -> tuple:
 
     `xs`: the arrays of a dispatch, as `stack_inputs` gives them.
     """
-    def shapes(tree, shardings):
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
-
-    s, none = program.shardings(), mesh_lib.replicated(program.mesh)
-    everywhere = lambda tree: shapes(tree, jax.tree.map(lambda _: none, tree))  # noqa: E731
+    places, none = program.shardings(), mesh_lib.replicated(program.mesh)
     cells = mesh_lib.batch_sharding(program.mesh, CELLS)
-    batch = lambda tree: shapes(tree, jax.tree.map(lambda _: cells, tree))  # noqa: E731
+    place = lambda tree, sharding: ckpt.abstract(tree, jax.tree.map(lambda _: sharding, tree))  # noqa: E731
     trainable, frozen = split_params(program.model.abstract, program.train)
-    state = jax.eval_shape(program.optimizer.init, trainable)
-    return (shapes(trainable, s["trainable"]), shapes(state, s["opt_state"]), everywhere(jax.eval_shape(program.loss.init_state)),
-            shapes(frozen, s["frozen"]), everywhere(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))),
-            everywhere(jax.ShapeDtypeStruct((), jnp.int32)), {k: batch(v) if k == "batch" else everywhere(v) for k, v in xs.items()})
+    return (ckpt.abstract(trainable, places["trainable"]),
+            ckpt.abstract(jax.eval_shape(program.optimizer.init, trainable), places["opt_state"]),
+            place(jax.eval_shape(program.loss.init_state), none), ckpt.abstract(frozen, places["frozen"]),
+            place(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), none),
+            place(jax.ShapeDtypeStruct((), np.int32), none), {k: place(v, cells if k == "batch" else none) for k, v in xs.items()})
+
+
+def _compile(program: Program, stats: dict, *args):
+    """The program for arguments of these shapes, which may be abstract."""
+    signature = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(args[-1]))
+    return compiled((program, signature), lambda: lower(program, *args).compile(), stats)
 
 
 def _run_dispatch(program: Program, stats: dict, *args):
-    signature = tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(args[-1]))
-    return compiled((program, signature), lambda: lower(program, *args).compile(), stats)(*args)
+    return _compile(program, stats, *args)(*args)
+
+
+def compile_ahead(program: Program, corpus: Corpus, plan: packing.Plan, which: int, stats: dict):
+    """The compiled program of the dispatches of shape `which`, from shapes alone: no parameter need be read yet. The run finds it made."""
+    return _compile(program, stats, *abstract_arguments(program, dispatch_inputs(corpus, plan, which)))
+
+
+def dispatch_inputs(corpus: Corpus, plan: packing.Plan, which: int) -> dict:
+    """The arrays of the first dispatch of shape `which`, with rates of 0."""
+    dispatch = next(d for d, shape in zip(plan.dispatches, plan.shape_of) if shape == which)
+    zeros = np.zeros(len(plan.batches))
+    return stack_inputs(plan, dispatch, plan.shapes[which], max(map(len, plan.dispatches)), corpus, zeros, zeros)
 
 
 # --------------------------------------------------------------------------- the run

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import checkpoint as ckpt
-from w2s_jax import forward, hub, models, runlog, train
+from w2s_jax import forward, hub, ladder, models, runlog, train
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import labels as labels_lib
 from w2s_jax.data import splits
@@ -21,7 +21,7 @@ from w2s_jax.outcomes import evaluate, fingerprint_run, finished, run_identity, 
 from w2s_jax.progress import Progress, say
 
 __all__ = [
-    "Limits", "Loaded", "arch_bytes", "evaluate", "fingerprint_labels", "fingerprint_model", "fingerprint_run", "fingerprint_task",
+    "Limits", "Loaded", "arch_bytes", "build", "evaluate", "fingerprint_labels", "fingerprint_model", "fingerprint_run", "fingerprint_task",
     "finished", "forward_tokens", "model_bytes", "open_model", "precision", "predict", "restore", "run_identity", "shown", "summary",
     "tokenized", "write_predictions",
 ]  # fmt: skip
@@ -196,9 +196,11 @@ def param_dtype(config, folder: hub.Folder) -> str:
     return models.stored_dtype(folder) if config.param_dtype == "auto" else config.param_dtype
 
 
-def _build(config, folder: hub.Folder, head: str) -> models.Model:
+def build(config, folder: hub.Folder, head: str = "classifier") -> models.Model:
+    """The model that a config names, without parameters; one that leaves remat open is for forward passes."""
+    remat = "none" if config.remat == "auto" else config.remat
     return models.build(
-        models.read_config(folder), head=head, dtype=config.dtype, param_dtype=param_dtype(config, folder), remat=config.remat,
+        models.read_config(folder), head=head, dtype=config.dtype, param_dtype=param_dtype(config, folder), remat=remat,
         attention=config.attention, dropout=float(config.get("dropout", 0.0)), readout=config.readout, head_init=config.head_init,
         lora=lora(config))
 
@@ -212,11 +214,11 @@ def lora(config) -> models.Lora | None:
 
 
 def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
-    """Build and load `config.model` on `config.mesh`; `seed` initialises the head and the adapters, unless the latter start from
-    `config.lora.init`."""
+    """Build and load `config.model` on `config.mesh` (left open: as suits forward passes); `seed` initialises the head and the
+    adapters, unless the latter start from `config.lora.init`."""
     folder = hub.resolve(config.model, config.revision)
-    model = _build(config, folder, head)
-    mesh = mesh_lib.make_mesh(config.mesh)
+    model = build(config, folder, head)
+    mesh = _mesh(config, model)
     shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
     params = models.load(folder, model, shardings, jax.random.key(seed))
     if head == "classifier" and config.head_init == "unembedding":
@@ -224,6 +226,11 @@ def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
     if lora(config) and config.lora.init:
         params = models.load_adapter(config.lora.init, params, model)
     return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [])
+
+
+def _mesh(config, model) -> jax.sharding.Mesh:
+    """config.mesh on the devices here; where it is left open, one that serves forward passes."""
+    return mesh_lib.make_mesh(ladder.place(model, config.mesh, tokens=FORWARD_TOKENS.get(jax.default_backend(), _FORWARD_TOKENS)))
 
 
 def _unembedding(config, model: models.Model, folder: hub.Folder) -> np.ndarray:
@@ -252,8 +259,8 @@ def restore(source: runlog.LoadedRun, config=None) -> Loaded:
             raise UserError(f"run={source.path}: has no checkpoint (keep={trained.get('keep')!r}); expected one with keep=params or all")
         revision = source.record.get("revision") or trained.revision  # the commit that it was trained from, wherever main is now
         folder = hub.resolve(trained.model, revision)
-        model = _build(config, folder, "classifier")
-        mesh = mesh_lib.make_mesh(config.mesh)
+        model = build(config, folder)
+        mesh = _mesh(config, model)
         shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
         wanted, rest = train.split_params(model.abstract, trained.train)
         params, _ = checkpoints.restore(steps[0], ckpt.abstract(wanted, train.split_params(shardings, trained.train)[0]))
@@ -268,13 +275,18 @@ def restore(source: runlog.LoadedRun, config=None) -> Loaded:
     return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [], steps[0])
 
 
-def forward_tokens(config, tokens: Sequence[np.ndarray], mesh) -> int:
-    """Tokens of a forward pass: from `eval_batch_size` documents, else by the kind of device."""
-    return tokens_per_batch(config, tokens, mesh_lib.cells(mesh), mesh.devices.flat[0].platform)
+def forward_tokens(config, tokens: Sequence[np.ndarray], mesh, model, held: int = 0) -> int:
+    """Tokens of a forward pass: from `eval_batch_size` documents, else by the kind of device, and by what fits its memory beside
+    `held` bytes (of training)."""
+    cells = mesh_lib.cells(mesh)
+    wanted = tokens_per_batch(config, tokens, cells, mesh.devices.flat[0].platform)
+    if config.eval_batch_size:
+        return wanted
+    return ladder.forward_tokens(model, mesh, wanted // cells, max(len(t) for t in tokens), held) * cells
 
 
 def tokens_per_batch(config, tokens: Sequence[np.ndarray], cells: int, platform: str) -> int:
-    """`forward_tokens` for `cells` places along data x fsdp of a platform, which need not be here."""
+    """Tokens of a pass over `cells` places along data x fsdp of a platform, which need not be here, whatever memory it has."""
     if config.eval_batch_size:
         return max(int(config.eval_batch_size * float(np.mean([len(t) for t in tokens]))), max(len(t) for t in tokens))
     return FORWARD_TOKENS.get(platform, _FORWARD_TOKENS) * cells
@@ -283,5 +295,5 @@ def tokens_per_batch(config, tokens: Sequence[np.ndarray], cells: int, platform:
 def predict(config, model, params, examples: Examples, mesh, *, label: str, stats: dict) -> np.ndarray:
     """Logits of every document, float32 `[documents, classes]`, with a progress bar."""
     with Progress(len(examples), label=label, unit="doc") as progress:
-        return forward.predict(model, params, examples.tokens, mesh, tokens_per_batch=forward_tokens(config, examples.tokens, mesh),
+        return forward.predict(model, params, examples.tokens, mesh, tokens_per_batch=forward_tokens(config, examples.tokens, mesh, model),
                                stats=stats, progress=progress)

@@ -37,7 +37,14 @@ def run(config, workdir, **options) -> dict:
         forward.make_room()
 
     def call() -> dict:
-        return importlib.import_module(STAGES[name]).run(registry.fill(config), workdir, **options)
+        try:
+            return importlib.import_module(STAGES[name]).run(registry.fill(config), workdir, **options)
+        except (RuntimeError, MemoryError) as error:
+            from w2s_jax import ladder
+
+            if not ladder.is_exhausted(error):
+                raise
+            raise ladder.answer(error, f"the stage {name}", ladder.advice(config)) from error
 
     try:
         check_processes(name)

@@ -222,7 +222,7 @@ class Ours:
         self.program = train.Program(model, losses.make("xent", {}, ground_truth=True, label_stats={}), optimizers.make("adam", {}), mesh)
         self.plan = feeding.make_plan(keys, model, corpus, batches, mesh)
         self.model, self.mesh, self.corpus, self.params = model, mesh, corpus, params
-        self.per_batch = workload.forward_tokens(keys, corpus.tokens, mesh)
+        self.per_batch = workload.forward_tokens(keys, corpus.tokens, mesh, model)
         self.stats: dict = {"training": {}, "labelling": {}}
         self.state = None
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from w2s_jax import config as config_lib
-from w2s_jax import feeding, forward, losses, metrics, optimizers, peft, selection, train, workload
+from w2s_jax import feeding, forward, hub, ladder, losses, metrics, optimizers, peft, selection, train, workload
 from w2s_jax.data import labels as labels_lib
 from w2s_jax.data import packing, splits
 from w2s_jax.data.examples import Examples
@@ -69,13 +69,13 @@ def run(config, workdir, *, rerun: bool = False, prepared: splits.Prepared | Non
 
 def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: float) -> dict:
     notes = list(prepared.notes)  # said once the input is known to be good
-    loaded = workload.open_model(config, seed=config.seed)
-    model, mesh = loaded.model, loaded.mesh
+    folder = hub.resolve(config.model, config.revision)
+    model = workload.build(config, folder)  # its sizes; what mesh, microbatch and remat it gets depends on the documents
     if labels and labels.probs.shape[1] != model.classes:
         raise UserError(f"labels: {labels.path} has {labels.probs.shape[1]} classes, expected {model.classes}")
     limits = workload.Limits(config.max_length, model.config.max_positions, config.overlong)
-    fit, val, given, dropped = _training_examples(prepared, labels, loaded.folder, limits, model.config.vocab, notes)
-    test, test_counts = workload.tokenized(prepared.test, loaded.folder, limits, model.config.vocab, "test", notes)
+    fit, val, given, dropped = _training_examples(prepared, labels, folder, limits, model.config.vocab, notes)
+    test, test_counts = workload.tokenized(prepared.test, folder, limits, model.config.vocab, "test", notes)
     for name, part, labelled in (("train", fit, not labels), ("test", test, True)):  # the over-long are gone now
         splits.check_usable(part, name, config, labelled, f", max_length={config.max_length}")
 
@@ -87,28 +87,30 @@ def _run(config, workdir, prepared, labels, ident: dict, rerun: bool, start: flo
         raise UserError(f"warmup_steps={config.warmup_steps}: expected fewer than the run's {len(batches)} steps")
     truth = not config.labels
     loss = losses.make(config.loss, config_lib.loss_args(config), ground_truth=truth, label_stats=_statistics(config, fit))
-    optimizer = optimizers.make(config.optimizer, config_lib.optimizer_args(config), weight_decay=config.weight_decay,
-                                grad_clip=config.grad_clip)
-    notes += [notice for notice in (loss.notice, optimizer.notice) if notice]
     rates = optimizers.learning_rates(config.schedule, config.learning_rate, len(batches), config.warmup_steps)
     weights = None if fit.weights is None or len(np.unique(fit.weights)) == 1 else fit.weights / fit.weights.mean()
     corpus = feeding.Texts(fit.tokens, fit.soft_labels, np.ones(len(fit), np.float32), fit.ids, weights)
-    plan = feeding.make_plan(config, model, corpus, batches, mesh)
-    program = train.Program(model, loss, optimizer, mesh, config.train)
     stats: dict = {}
+    fitted = ladder.fit(config, lambda c: workload.build(c, folder), corpus, batches, loss, optimizers.of, kind=config.train, stats=stats)
+    config, plan, program = fitted.config, fitted.plan, fitted.program
+    with ladder.answered("loading", fitted):
+        loaded = workload.open_model(config, seed=config.seed)
+    model, mesh = loaded.model, loaded.mesh
+    notes += [notice for notice in (loss.notice, program.optimizer.notice, fitted.line) if notice]
 
-    with Run.open(workdir, config, ident, rerun=rerun) as run_:
+    with Run.open(workdir, config, ident, rerun=rerun) as run_, ladder.answered("training", fitted):
         run_.start({
             "fingerprints": {"task": prepared.fingerprint}, "revision": loaded.folder.commit, "mesh": dict(mesh.shape),
             "shapes": [[s.rows, s.time] for s in plan.shapes], "cells": plan.cells, "microbatches": plan.microbatches,
-            "steps": len(batches), "lesser_sharding": loaded.replicated, "parents": [config.labels] if config.labels else [],
+            "steps": len(batches), "lesser_sharding": loaded.replicated, "memory": fitted.record,
+            "parents": [config.labels] if config.labels else [],
         })
         for note in notes:
             say(note)
         say(f"{workload.shown(workdir)}: {workload.shown(config.model)} on {workload.shown(config.task)}, loss {config.loss}, "
             f"{len(fit)} documents, {len(batches)} steps of {config.batch_size}, "
             f"shapes {', '.join(f'{s.rows}x{s.time}' for s in plan.shapes)}, padding {plan.padding_fraction:.1%}")
-        evaluator = _Evaluator(config, model, mesh, {"val": val, "test": test}, given, stats)
+        evaluator = _Evaluator(config, model, mesh, {"val": val, "test": test}, given, stats, held=fitted.memory.optimizer_state)
         params = train.train(config, program, loaded.params, corpus, plan, rates, run_, on_eval=evaluator,
                              label=f"train {config.loss}", stats=stats)
         results = evaluator.final(params, run_)
@@ -140,10 +142,10 @@ def _statistics(config, fit: Examples) -> dict:
 
 class _Evaluator:
     """Evaluations of the validation and test documents; each set is packed once. `given`: the validation documents' labels as they
-    would be trained on."""
+    would be trained on. `held`: bytes of a device that training keeps meanwhile."""
 
-    def __init__(self, config, model, mesh, sets: dict, given: np.ndarray, stats: dict):
-        self.config, self.model, self.mesh, self.given, self.stats = config, model, mesh, given, stats
+    def __init__(self, config, model, mesh, sets: dict, given: np.ndarray, stats: dict, held: int):
+        self.config, self.model, self.mesh, self.given, self.stats, self.held = config, model, mesh, given, stats, held
         self.sets = {k: v for k, v in sets.items() if v is not None and len(v)}
         self.packed: dict = {}
 
@@ -152,7 +154,7 @@ class _Evaluator:
         if name not in self.packed:
             self.packed[name] = forward.pack(
                 examples.tokens, self.mesh, embed=self.model.config.embed,
-                tokens_per_batch=workload.forward_tokens(self.config, examples.tokens, self.mesh))
+                tokens_per_batch=workload.forward_tokens(self.config, examples.tokens, self.mesh, self.model, self.held))
         return forward.forward(self.model, params, self.packed[name], len(examples), self.mesh, stats=self.stats)
 
     def __call__(self, params) -> dict:

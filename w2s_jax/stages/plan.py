@@ -119,7 +119,7 @@ class _Point:
                 group = max(map(len, plan.dispatches))
                 self.plans[key] = {"shape": shape, "slots": plan.slots, "microbatches": plan.microbatches, "group": group}
             else:
-                batch = max(ahead.labelling_batches(self.config, self.model, self.texts, settings, self.platform),
+                batch = max(ahead.labelling_batches(self.config, self.model, self.texts, settings, self.topology.chip),
                             key=lambda b: b.arrays["tokens"].size)
                 shape, slots = packing.Shape(*batch.arrays["tokens"].shape[1:]), batch.arrays["documents"].shape[1]
                 self.plans[key] = {"shape": shape, "slots": slots, "microbatches": 1, "group": 1}
@@ -161,7 +161,7 @@ class _Point:
         nearest), as far as the arithmetic, corrected by what compilations needed, lets them fit."""
         estimates = {s: self.estimate(s) for s in options}
         rank = (lambda s: (self._distance(nearest, s), estimates[s]["times"].step)) if nearest else (
-            lambda s: (estimates[s]["times"].serial * (1 + 0.02 * (s.microbatch_size > 0)), s.model, -s.data))
+            lambda s: (estimates[s]["times"].serial * (costs.NARROW if s.model > 1 else 1), s.microbatch_size > 0, s.model, -s.data))
         left, factor = sorted(options, key=rank), 1.0
         for number in range(compiles):
             fitting = [s for s in left if estimates[s]["needed"] * factor <= costs.ROOM * limit]

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import feeding, forward, hub, losses, models, optimizers, train, workload
+from w2s_jax import feeding, forward, hub, ladder, losses, models, optimizers, train, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import corpus as corpus_lib
 from w2s_jax.data import packing, world
@@ -124,10 +124,8 @@ def learning_rates(config) -> np.ndarray:
 # --------------------------------------------------------------------------- the model
 
 
-def _open(config, folder) -> tuple[models.Model, dict, dict, jax.sharding.Mesh, list[str], str]:
-    """The language model on its mesh, its config.json, its parameters (random, or the checkpoint's), lesser shardings, and the
-    checkpoint's commit."""
-    source = hub.resolve(config.model, config.revision) if config.model else None
+def _shape(config, folder, source: hub.Folder | None) -> tuple[models.Architecture, dict]:
+    """The language model's sizes and its config.json: the checkpoint's, or config.arch's."""
     if source:
         raw = models.read_raw(source)
     else:
@@ -136,15 +134,22 @@ def _open(config, folder) -> tuple[models.Model, dict, dict, jax.sharding.Mesh, 
     shape = models.parse(raw, str(Path(source.path) / "config.json") if source else "arch")
     if config.max_length > shape.max_positions:
         raise UserError(f"max_length={config.max_length}: the model has {shape.max_positions} positions, expected at most that")
-    model = models.build(shape, head="lm", dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat,
-                         attention=config.attention, dropout=float(config.dropout))
-    mesh = mesh_lib.make_mesh(config.mesh)
+    return shape, raw
+
+
+def _build(config, shape: models.Architecture) -> models.Model:
+    return models.build(shape, head="lm", dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat,
+                        attention=config.attention, dropout=float(config.dropout))
+
+
+def _parameters(config, model, mesh, source: hub.Folder | None) -> tuple[dict, list[str]]:
+    """The parameters on their mesh, random or the checkpoint's, and those that fell back to a lesser sharding."""
     shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
     if source:
         params = models.load(source, model, shardings)
     else:
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
-    return model, raw, params, mesh, fallen if mesh.size > 1 else [], source.commit if source else ""
+    return params, fallen if mesh.size > 1 else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +174,7 @@ def facts_known(config, model, params, mesh, folder, stats: dict) -> dict:
     prompts = world.fact_prompts()
     tokens = hub.tokenize(folder, [p["text"] for p in prompts])
     answers = np.array([ids[0] for ids in hub.tokenize(folder, [p["value"] for p in prompts])])
-    size = workload.forward_tokens(config, tokens, mesh)
+    size = workload.forward_tokens(config, tokens, mesh, model)
     said = forward.predict(_NextToken(model), params, tokens, mesh, tokens_per_batch=size, stats=stats)
     known = said[:, 0] == answers
     return {"facts_known": float(known.mean()), "facts_known_by_quarter": [float(q.mean()) for q in np.array_split(known, 4)]}
@@ -181,26 +186,29 @@ def facts_known(config, model, params, mesh, folder, stats: dict) -> dict:
 def _run(config, workdir, text, folder, identity_: dict, rerun: bool, start: float) -> dict:
     notes: list[str] = []  # said once the input is known to be good
     fit, held, names, counts = _pieces(config, text, folder, notes)
-    model, raw, params, mesh, fallen, commit = _open(config, folder)
+    source = hub.resolve(config.model, config.revision) if config.model else None
+    shape, raw = _shape(config, folder, source)
     largest = max(int(ids.max()) for ids in (*fit, *held))
-    if largest >= model.config.vocab:
-        raise UserError(f"tokenizer: gives token id {largest}, expected ids from 0 to {model.config.vocab - 1} (the model's vocabulary)")
+    if largest >= shape.vocab:
+        raise UserError(f"tokenizer: gives token id {largest}, expected ids from 0 to {shape.vocab - 1} (the model's vocabulary)")
 
     predicted = np.array([len(ids) - 1 for ids in fit], np.float32)
     corpus = feeding.Texts(fit, predicted[:, None], predicted, names)
     passes = config.steps * config.batch_size / len(fit)
     batches = packing.batch_stream(len(fit), config.batch_size, int(np.ceil(passes)), config.shuffle, config.seed)[:config.steps]
-    plan = feeding.make_plan(config, model, corpus, batches, mesh)
-    optimizer = optimizers.make(config.optimizer, config_lib.optimizer_args(config),
-                                weight_decay=config.weight_decay, grad_clip=config.grad_clip)
-    notes += [optimizer.notice] if optimizer.notice else []
-    program = train.Program(model, losses.make("next_token", ground_truth=True), optimizer, mesh)
-    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.abstract))
     stats: dict = {}
+    fitted = ladder.fit(config, lambda c: _build(c, shape), corpus, batches, losses.make("next_token", ground_truth=True), optimizers.of,
+                        stats=stats)
+    config, plan, program, model, mesh = fitted.config, fitted.plan, fitted.program, fitted.model, fitted.mesh
+    notes += [line for line in (program.optimizer.notice, fitted.line) if line]
+    with ladder.answered("loading", fitted):
+        params, fallen = _parameters(config, model, mesh, source)
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(model.abstract))
 
-    with Run.open(workdir, config, identity_, rerun=rerun) as run_:
+    with Run.open(workdir, config, identity_, rerun=rerun) as run_, ladder.answered("pretraining", fitted):
         run_.start({
-            "revision": commit, "mesh": dict(mesh.shape), "shapes": [[s.rows, s.time] for s in plan.shapes], "cells": plan.cells,
+            "revision": source.commit if source else "", "memory": fitted.record, "mesh": dict(mesh.shape),
+            "shapes": [[s.rows, s.time] for s in plan.shapes], "cells": plan.cells,
             "microbatches": plan.microbatches, "steps": config.steps, "parameters": parameters, "lesser_sharding": fallen, "parents": [],
         })
         for note in notes:
@@ -209,7 +217,8 @@ def _run(config, workdir, text, folder, identity_: dict, rerun: bool, start: flo
             f"shapes {', '.join(f'{s.rows}x{s.time}' for s in plan.shapes)}, padding {plan.padding_fraction:.1%}")
 
         def heldout(params) -> dict:
-            nll = forward.predict(model, params, held, mesh, tokens_per_batch=workload.forward_tokens(config, held, mesh), stats=stats)
+            size = workload.forward_tokens(config, held, mesh, model, fitted.memory.optimizer_state)
+            nll = forward.predict(model, params, held, mesh, tokens_per_batch=size, stats=stats)
             return {"heldout_loss": float(nll.sum(dtype=np.float64) / sum(len(ids) - 1 for ids in held))}
 
         params = train.train(config, program, params, corpus, plan, learning_rates(config), run_, on_eval=heldout if held else None,

@@ -62,7 +62,7 @@ def answer_logp(model, params, asked: list[prompts.Prompt], mesh, config, stats:
             place[row, which] = len(inputs) - 1
     with Progress(len(inputs), label=label, unit="prompt") as progress:
         found = forward.predict(_Continuations(model), params, inputs, mesh, stats=stats, progress=progress,
-                                tokens_per_batch=workload.forward_tokens(config, inputs, mesh), extra={"targets": np.stack(targets)})
+                                tokens_per_batch=workload.forward_tokens(config, inputs, mesh, model), extra={"targets": np.stack(targets)})
     return np.stack([found[place[:, which], which] for which in range(2)], axis=1)
 
 

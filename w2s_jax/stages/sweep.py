@@ -13,7 +13,7 @@ from pathlib import Path
 from etils import epath
 
 from w2s_jax import config as config_lib
-from w2s_jax import distributed, experiment, pool, runlog, schedule, slurm, stages, workload
+from w2s_jax import distributed, experiment, pool, runlog, schedule, sizes, slurm, stages
 from w2s_jax import graph as graph_lib
 from w2s_jax.errors import UserError
 from w2s_jax.files import is_object_store, write_json
@@ -43,13 +43,13 @@ def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> 
         stages.check_processes(stage)
     states = distributed.once(lambda: {name: runlog.state(root / name) for name in graph.nodes}, "states")
     say(f"{root}: {len(graph.nodes)} runs, {sum(s == 'done' for s in states.values())} of them done; "
-        f"checkpoints will take about {_disk(graph, root) / 1e6:,.0f} MB{_free(root)}")
+        f"checkpoints will take about {sizes.disk(graph) / 1e6:,.0f} MB{_free(root)}")
     todo = [name for name, state in states.items() if state != "done" or rerun]
-    work = {name: _work(graph, root, graph.nodes[name]) for name in todo}
+    work = {name: sizes.work(graph, graph.nodes[name]) for name in todo}
     if dry_run:
         distributed.once(lambda: print("\n".join(_table(graph, states))), "table")
         if config.executor == "slurm":
-            slurm.submit(graph, todo, work, config, dry_run=True)
+            slurm.submit(graph, todo, work, _need(graph, todo, slurm.memory(config.slurm)), config, stages.SEVERAL, dry_run=True)
         return {"runs": states, "pairs": graph.pairs}
 
     def record() -> None:
@@ -60,7 +60,8 @@ def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> 
 
     if todo and config.executor == "slurm":
         _clear(root, todo, rerun)
-        return {"runs": states | dict.fromkeys(slurm.submit(graph, todo, work, config), "queued"), "pairs": graph.pairs}
+        queued = slurm.submit(graph, todo, work, _need(graph, todo, slurm.memory(config.slurm)), config, stages.SEVERAL)
+        return {"runs": states | dict.fromkeys(queued, "queued"), "pairs": graph.pairs}
     if config.executor == "devices":
         failed = _on_devices(graph, root, todo, work, config, rerun)
     else:
@@ -101,11 +102,17 @@ def _on_devices(graph: graph_lib.Graph, root, todo, work: dict[str, float], conf
     if not todo:
         return {}
     devices, logs = pool.find(config.slots), schedule.folder(root, config.logs, pool.FOLDER)
-    made = pool.Pool(graph, todo, work, devices, logs)
+    made = pool.Pool(graph, todo, work, _need(graph, todo, devices.memory), devices, logs)
     say(f"{len(todo)} runs on {len(devices.ids)} {devices.platform} {'slots' if devices.platform == 'cpu' else 'devices'}; logs: {logs}")
     _clear(root, todo, rerun)
     schedule.write_plans(graph, todo)
     return made.run()
+
+
+def _need(graph: graph_lib.Graph, todo, limit: int) -> dict[str, int]:
+    """Devices that each run takes, with `limit` bytes of memory each (0 = not known)."""
+    fits = sizes.Fits(graph, limit)
+    return {name: schedule.devices(graph, graph.nodes[name], fits) for name in todo}
 
 
 def _clear(root, todo, rerun: bool) -> None:
@@ -126,42 +133,3 @@ def _free(root) -> str:
 def _table(graph: graph_lib.Graph, states: dict) -> list[str]:
     """One line a run: state, directory, and what it reads."""
     return [f"{states[name]:8} {name}" + (f"  <- {', '.join(node.parents)}" if node.parents else "") for name, node in graph.nodes.items()]
-
-
-def _disk(graph: graph_lib.Graph, root) -> float:
-    """Bytes that the checkpoints of a sweep's runs will hold, from the sizes of their models."""
-    total = 0.0
-    for node in graph.nodes.values():
-        if node.stage == "pretrain":
-            total += _size(graph, root, node)
-        elif node.stage == "finetune" and node.config.keep != "none" and node.config.train == "full":
-            total += _size(graph, root, node) * (3 if node.config.keep == "all" else 1)
-    return total
-
-
-def _size(graph: graph_lib.Graph, root, node: graph_lib.Node) -> float:
-    """Bytes of a run's model: one that the sweep pretrains, or one that is there."""
-    if node.stage == "pretrain":
-        return workload.arch_bytes(node.config)
-    if node.stage in ("label", "ensemble"):
-        return _size(graph, root, graph.nodes[node.parents[0]])
-    made = next((p for p in node.parents if str(root / p / "model") == node.config.model), None)
-    return _size(graph, root, graph.nodes[made]) if made else workload.model_bytes(node.config.model, node.config.revision)
-
-
-def _work(graph: graph_lib.Graph, root, node: graph_lib.Node) -> float:
-    """How long a run takes compared with the others, roughly: bytes of the model times places for tokens, three for each trained on."""
-    if node.stage == "ensemble":
-        return 0.0
-    if node.stage == "label":
-        trained = graph.nodes[node.parents[0]].config
-        places = trained.max_length * trained.n_train / 2
-    elif node.stage == "probe":  # the first of a model's; the others find its features
-        places = node.config.max_length * (node.config.n_train / 2 + node.config.n_test)
-    elif node.stage == "prompt":
-        places = node.config.max_length / 8 * node.config.n_test * (2 + node.config.shots)
-    elif node.stage == "pretrain":
-        places = 3 * node.config.max_length * node.config.steps * node.config.batch_size
-    else:
-        places = node.config.max_length * (3 * node.config.epochs * node.config.n_train / 2 + node.config.n_test)
-    return places * _size(graph, root, node)
