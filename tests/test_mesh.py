@@ -70,7 +70,7 @@ def test_a_mesh_that_cannot_be_is_refused(shape, message):
     }, {"embed/tokens/embedding", "embed/positions/embedding", "layers/attn/qkv/kernel", "layers/attn/out/kernel", "layers/mlp/up/kernel",
         "layers/mlp/down/kernel", "head/kernel"}),
     ({"data": 8}, {"layers/attn/qkv/kernel": P(None, "fsdp", "model"), "embed/tokens/embedding": P("model", "fsdp")}, set()),
-], ids=str)
+], ids=tiny.stable)
 def test_specs_of_parameters(abstract, sizes, expected, fallen):
     mesh = make_mesh(**sizes)
     shardings, lesser = mesh_lib.param_shardings(mesh, abstract)

@@ -348,7 +348,7 @@ def nothing_left(made, folder):
     (nothing_left, "labels.jsonl leaves no training document: all 40 have weight 0"),
     ({"max_length": 1}, "max_length=1: none of the 40 training documents fits"),
     ({"overlong": "error", "max_length": 12}, "overlong=error: document .* has .* tokens"),
-], ids=str)
+], ids=tiny.stable)
 def test_bad_input_is_one_line_and_leaves_nothing(made, probe, tmp_path, keys, message):
     keys = keys(made, tmp_path) if callable(keys) else keys
     with pytest.raises(UserError, match=message) as caught:

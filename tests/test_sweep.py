@@ -100,7 +100,7 @@ def test_names_say_what_a_run_is_and_parents_come_first(ladder, tiny_task, optio
     ({"base__learning_rate": 1e-3}, {"weak", "label", "ceiling", "student"}),
     ({"base__data_seed": 1}, {"weak", "label", "ceiling", "student"}),
     ({"pairs": "adjacent"}, set()),
-], ids=str)
+], ids=tiny.stable)
 def test_a_run_keeps_its_name_as_long_as_it_is_the_same(ladder, tiny_task, keys, changed):
     one, two = (build(sweep(ladder[:2], [tiny_task], **k)).pairs[0]["runs"] for k in ({}, keys))
     assert {role for role in one if one[role] != two[role]} == changed

@@ -32,6 +32,11 @@ def fast_compiles(monkeypatch):
     return compile_
 
 
+def stable(value) -> str:
+    """An id of a test's case that is the same in every process: workers that share the tests compare them."""
+    return str(sorted(value)) if isinstance(value, (set, frozenset)) else getattr(value, "__name__", str(value))
+
+
 def config(**changes) -> models.Architecture:
     """The architecture; `changes` are keys of config.json."""
     return models.parse(RAW | changes, "tiny")
