@@ -2,13 +2,18 @@
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tiny
-from processes import launch, port  # noqa: F401 (a fixture)
+from conftest import DEVICES, ROOT
+from processes import FAST, launch, port  # noqa: F401 (launch is a fixture)
 
 import w2s_jax
 
@@ -94,6 +99,16 @@ def test_labels_of_four_processes_are_those_of_one(launch, two, root):  # noqa: 
     launch(1, *command("label", root / "labels1", **keys), devices=2).done()
     launch(4, *command("label", root / "labels4", **keys)).done()
     same(root / "labels1", root / "labels4", "train")
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="Open MPI is not installed")
+def test_open_mpi_starts_two_processes(two, finetune, root):
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "XLA_FLAGS": f"{DEVICES}=2 {FAST}"}
+    command_ = ["mpirun", "-n", "2", "--oversubscribe", sys.executable, "-m", "w2s_jax.main", *finetune(root / "mpi")]
+    ended = subprocess.run(command_, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "" and ended.stderr.count("accuracy") == 2, ended.stderr  # the last line of a run, and of what it is worth
+    same(root / "two", root / "mpi", tolerance=0)
 
 
 def rows(run) -> int:

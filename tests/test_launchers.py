@@ -35,6 +35,8 @@ FOUND = {
     "open mpi 4": ({}, MPI4, (3, 4, "10.96.0.1", (1, 2))),
     "open mpi 4, IPv6": ({}, MPI4 | {"OMPI_MCA_orte_hnp_uri": "13.0;tcp6://[fe80::b9b,fe80::1]:43370"}, (3, 4, "fe80::b9b", (1, 2))),
     "open mpi 4, one address": ({}, MPI4 | {"OMPI_MCA_orte_hnp_uri": "13.0;tcp://10.0.0.1:43370"}, (3, 4, "10.0.0.1", (1, 2))),
+    "open mpi 4, both kinds": ({}, MPI4 | {"OMPI_MCA_orte_hnp_uri": "1792278528.0;tcp://192.0.2.2:36891;tcp6://[fd00::2]:47515"},
+                               (3, 4, "192.0.2.2", (1, 2))),
     "open mpi 5": ({}, MPI5, (3, 4, "login-2", (1, 2))),
     "open mpi in slurm": ({}, SLURM | MPI4, (3, 4, "10.96.0.1", (1, 2))),
     "open mpi on one host": ({}, MPI5 | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, (3, 4, LOOPBACK, (1, 4))),

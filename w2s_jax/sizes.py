@@ -80,4 +80,5 @@ def _memory(config, trains: bool) -> int:
     if trains:
         how = {"optimizer": optimizers.of(config), "train": config.train, "microbatches": config.batch_size}
     shape = packing.Shape(1, min(config.max_length, model.config.max_positions))
-    return memory.estimate(model, {"data": 1, "fsdp": 1, "model": 1}, shape, slots=1, remat="full", platform="gpu", **how).peak
+    # Of two documents a row: what serves one alone depends on the device, which is not to be asked here.
+    return memory.estimate(model, {"data": 1, "fsdp": 1, "model": 1}, shape, slots=2, remat="full", platform="gpu", **how).peak

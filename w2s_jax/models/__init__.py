@@ -70,7 +70,8 @@ class Model:
         # One function for the model's life, so that each run after the first finds it compiled; the rest of init is dead code.
         self._init_new = jax.jit(lambda key: nest({p: leaf for p, leaf in paths(self.init(key)).items()
                                                    if p.startswith("head/") or weights.is_adapter(p)}))
-        self._graph, state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))
+        key = jax.eval_shape(lambda: jax.random.key(0))  # a shape asks for no device
+        self._graph, state = nnx.split(nnx.eval_shape(self._make, key))
         self.abstract = nnx.to_pure_dict(state)
 
     def init(self, key: jax.Array) -> dict:

@@ -66,7 +66,8 @@ def choose(implementation: str, platform: str, kinds: tuple[Kind, ...], causal: 
 
 def check(implementation: str, kinds: tuple[Kind, ...], causal: bool, **model) -> None:
     """UserError where this process's backend or the model refuses the implementation, before anything is computed."""
-    choose(implementation, jax.default_backend(), kinds, causal, **model)
+    if implementation not in ("auto", "xla"):  # these serve every model, and no device need be asked
+        choose(implementation, jax.default_backend(), kinds, causal, **model)
 
 
 def prepare(segments: jax.Array, kinds: tuple[Kind, ...], causal: bool, *, width: int, dtype, cap: float | None,
