@@ -194,8 +194,9 @@ def test_chips_of_a_tpu_go_in_rectangles(runs):
 
 
 def test_the_devices_here():
-    found = pool.find(3)
-    assert found == pool.Devices("cpu", ("0", "1", "2"))
+    found, stated = pool.find(3), pool.find(2, environ={**os.environ, "W2S_DEVICE_MEMORY": "3GiB"})
+    assert found.ids == ("0", "1", "2") and stated == pool.Devices("cpu", ("0", "1"), 3 * 2**30)
+    assert pool.environment(found, ("1",), {})["W2S_DEVICE_MEMORY"] == str(found.memory)  # runs share what there is
     with pytest.raises(UserError, match="config.executor: 'devices', but jax finds none here: .*nowhere"):
         pool.find(environ={**os.environ, "JAX_PLATFORMS": "nowhere"})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from w2s_jax import checks, main, registry, schedule, sizes, slurm, stages, status
+from w2s_jax import checks, main, schedule, sizes, slurm, stages, status
 from w2s_jax import config as config_lib
 from w2s_jax.config import shipped
 from w2s_jax.errors import UserError
@@ -68,10 +68,10 @@ def test_devices_of_a_run(tmp_path, keys, count):
     (2**30, {}, 1),
     (2**18, {}, schedule.ALL),
     (2**18, {"train": "head"}, 1),  # no moments, no gradients
+    (2**18, {"mesh__data": 1}, 1),  # as the config says
 ], ids=str)
-def test_runs_of_an_open_mesh_take_what_they_need(tmp_path, tiny_model, limit, keys, count, monkeypatch):
+def test_runs_of_an_open_mesh_take_what_they_need(tmp_path, tiny_model, limit, keys, count):
     """With labels of the model, which need less, and an ensemble, which reads files only."""
-    monkeypatch.setattr(registry, "fill", lambda config: config)  # a mesh that stays open
     ids = iter(range(9))
     graph = Graph(tmp_path, lambda config, planned: {"id": next(ids)})
     trained = node(graph, "w", "finetune", model=str(tiny_model), max_length=8, **keys)

@@ -110,7 +110,9 @@ def _main(argv: list[str]) -> int:
     options = {name: True for name in ("rerun", "dry_run") if values[name]} | stages.prepare(config)
     if values["dry_run"] and config.stage != "sweep":
         return 0
-    if config.stage not in stages.FILES_ONLY and config.get("executor", "here") == "here":  # other executors start processes only
+    if config.get("executor", "here") != "here":
+        keep_off_devices()
+    elif config.stage not in stages.FILES_ONLY:
         setup_devices()
     stages.run(config, workdir, **options)
     return 0
@@ -392,6 +394,13 @@ def setup_devices() -> None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     distributed.initialize_jax()
+
+
+def keep_off_devices() -> None:
+    """For a process that plans runs and starts others: on an accelerator it would hold what these need."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def status(argv: list[str]) -> int:

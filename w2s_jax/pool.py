@@ -32,21 +32,23 @@ LAUNCHERS = re.compile(r"(SLURM|OMPI|PMI|PMIX|PRTE|MEGASCALE)_|JAX_LOCAL_DEVICE_
 TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}  # chips of a process -> their shape on the host
 TPU_PORT = 8471  # libtpu's own; each process of a host needs another
 
+MEMORY = "W2S_DEVICE_MEMORY"  # what ladder.py takes for the memory of a device; not imported: it brings jax along
+
 PROBE = """
 import jax
+from w2s_jax import ladder
 found = jax.local_devices()
 platform = found[0].platform
 if platform == "gpu":
     platform = "rocm" if "rocm" in found[0].client.platform_version.lower() else "cuda"
-memory = (found[0].memory_stats() or {}).get("bytes_limit", 0) if platform != "cpu" else 0
-print("DEVICES", platform, len({tuple(d.coords) for d in found} if platform == "tpu" else found), memory)
+print("DEVICES", platform, len({tuple(d.coords) for d in found} if platform == "tpu" else found), ladder.device_memory())
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
     """What a pool hands out: `platform` (cpu | cuda | rocm | tpu), the names of the devices (of a TPU: chips; of a CPU: slots), and the
-    bytes that programs may use of each (0 = not known)."""
+    bytes that a run may use of each (0 = not known)."""
 
     platform: str
     ids: tuple[str, ...]
@@ -72,7 +74,8 @@ def find(slots: int = 0, environ=os.environ) -> Devices:
         raise UserError(f"config.executor: 'devices', but jax finds none here: {last}")
     platform, count = match[1], int(match[2])
     if platform == "cpu":
-        return Devices("cpu", tuple(map(str, range(slots or max(1, len(_cores()) // CORES)))))
+        slots, memory = slots or max(1, len(_cores()) // CORES), int(match[3])
+        return Devices("cpu", tuple(map(str, range(slots))), memory if environ.get(MEMORY) else memory * count // slots)
     shown = environ.get({"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "HIP_VISIBLE_DEVICES", "tpu": "TPU_VISIBLE_CHIPS"}[platform], "")
     ids = tuple(part for part in shown.split(",") if part)[:count]
     ids = ids if len(ids) == count else tuple(map(str, range(count)))
@@ -93,6 +96,8 @@ def environment(devices: Devices, held: tuple[str, ...], environ=os.environ) -> 
     if not held or devices.platform == "cpu":
         flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", out.pop("XLA_FLAGS", "")).strip()
         out |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(max(len(held), 1))} | ({"XLA_FLAGS": flags} if flags else {})
+        if held and devices.memory:
+            out[MEMORY] = str(devices.memory)  # runs share what the host has
     elif devices.platform == "tpu":
         if held != devices.ids:  # all of a host: as it comes
             port = TPU_PORT + devices.ids.index(held[0])

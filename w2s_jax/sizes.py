@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from w2s_jax import config as config_lib
 from w2s_jax import hub, memory, models, optimizers, registry, workload
 from w2s_jax.data import packing
 from w2s_jax.graph import Graph, Node
-
-ROOM = 0.9  # share of a device's memory that an estimate may fill
+from w2s_jax.ladder import ROOM
 
 
 def disk(graph: Graph) -> float:
@@ -80,8 +78,7 @@ def _memory(config, trains: bool) -> int:
                          param_dtype=workload.param_dtype(config, folder), lora=workload.lora(config))
     how: dict = {}
     if trains:
-        how = {"optimizer": optimizers.make(config.optimizer, config_lib.optimizer_args(config)), "train": config.train,
-               "microbatches": config.batch_size}
+        how = {"optimizer": optimizers.of(config), "train": config.train, "microbatches": config.batch_size}
     shape = packing.Shape(1, min(config.max_length, model.config.max_positions))
     # Of two documents a row: what serves one alone depends on the device, which is not to be asked here.
     return memory.estimate(model, {"data": 1, "fsdp": 1, "model": 1}, shape, slots=2, remat="full", platform="gpu", **how).peak
