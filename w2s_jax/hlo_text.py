@@ -15,11 +15,16 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape: `dims`, bytes an element, and whether it lies in the main memory (not in a TPU's vector memory)."""
+    """One array of a shape: `dims`, the type of its elements (f32, bf16, s32 ...), and whether it lies in the main memory (not in a
+    TPU's vector memory)."""
 
     dims: tuple[int, ...]
-    itemsize: float
+    type: str
     main: bool
+
+    @property
+    def itemsize(self) -> float:
+        return _SIZES.get(self.type, 1)
 
     @property
     def bytes(self) -> float:
@@ -80,7 +85,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
     for kind, dims, layout in _ARRAY.findall(text):
         if kind in _SIZES or kind.startswith("f8"):
             space = re.search(r"S\((\d+)\)", layout)
-            out.append(Array(tuple(int(d) for d in dims.split(",") if d), _SIZES.get(kind, 1), not space or space[1] == "0"))
+            out.append(Array(tuple(int(d) for d in dims.split(",") if d), kind, not space or space[1] == "0"))
     return tuple(out)
 
 
