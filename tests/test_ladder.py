@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 import w2s_jax
-from w2s_jax import feeding, ladder, losses, models, optimizers, stages, train
+from w2s_jax import exhausted, feeding, ladder, losses, models, optimizers, stages, train
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.config import shipped
 from w2s_jax.errors import UserError
@@ -28,20 +28,20 @@ GIB, MIB = 2**30, 2**20
     ("16GiB", 16 * GIB), ("16G", 16 * GIB), (" 500 mb", 500 * MIB), ("1.5k", 1536), ("4096", 4096), ("2e9", 2 * 10**9), ("3B", 3),
 ])
 def test_sizes(text, size):
-    assert ladder.parse_size(text) == size
+    assert exhausted.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["much", "0", "-3G", "16 apples", "1.2.3G"])
 def test_a_size_that_is_none_is_refused(text, monkeypatch):
-    monkeypatch.setenv(ladder.VARIABLE, text)
-    with pytest.raises(UserError, match=f"{ladder.VARIABLE}='{text}'"):
-        ladder.device_memory()
+    monkeypatch.setenv(exhausted.VARIABLE, text)
+    with pytest.raises(UserError, match=f"{exhausted.VARIABLE}='{text}'"):
+        exhausted.device_memory()
 
 
 def test_memory_of_a_cpu_is_its_share_of_the_hosts(monkeypatch):
-    monkeypatch.delenv(ladder.VARIABLE, raising=False)
+    monkeypatch.delenv(exhausted.VARIABLE, raising=False)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < ladder.device_memory() <= total // jax.local_device_count()
+    assert 0 < exhausted.device_memory() <= total // jax.local_device_count()
 
 
 # --------------------------------------------------------------------------- the order of the rungs
@@ -91,7 +91,7 @@ def wide(tmp_path_factory):
 
 def decided(wide, monkeypatch, size, loss="xent", **keys):
     """What `fit` decides for 8 devices of `size`, by estimates alone."""
-    monkeypatch.setenv(ladder.VARIABLE, str(size))
+    monkeypatch.setenv(exhausted.VARIABLE, str(size))
     monkeypatch.setattr(ladder, "_compiled_size", lambda program, corpus, plan, steps, rung, stats: steps.judge(rung, plan).peak)
     c = tiny.set_keys(shipped("finetune"), model=str(wide), batch_size=32, learning_rate=1e-3, steps_per_dispatch=1, **keys)
     documents = tiny.documents(64)
@@ -155,10 +155,10 @@ def finetune(folder, model, task, **keys):
 
 
 def test_a_squeezed_run_is_the_same_run(tmp_path, tiny_task, wide, monkeypatch, fast_compiles, capsys):
-    monkeypatch.delenv(ladder.VARIABLE, raising=False)
+    monkeypatch.delenv(exhausted.VARIABLE, raising=False)
     plenty = finetune(tmp_path / "plenty", wide, tiny_task)
     assert (tuple(plenty.config.mesh.values()), plenty.config.microbatch_size, plenty.config.remat) == ((8, 1, 1), 8, "none")
-    monkeypatch.setenv(ladder.VARIABLE, str(5 * MIB))
+    monkeypatch.setenv(exhausted.VARIABLE, str(5 * MIB))
     little = finetune(tmp_path / "little", wide, tiny_task)
     assert "a device, as compiled" in capsys.readouterr().err
     record = little.record["memory"]
@@ -171,17 +171,17 @@ def test_a_squeezed_run_is_the_same_run(tmp_path, tiny_task, wide, monkeypatch, 
 def test_forward_passes_take_fewer_tokens_or_split_the_model(wide, monkeypatch):
     model = models.build(models.read_config(wide), head="classifier")
     sizes = {axis: 0 for axis in mesh_lib.AXES}
-    monkeypatch.setenv(ladder.VARIABLE, str(GIB))
+    monkeypatch.setenv(exhausted.VARIABLE, str(GIB))
     assert ladder.place(model, sizes, tokens=64) == {"data": 8, "fsdp": 1, "model": 1}
     assert ladder.place(model, {"data": 1, "fsdp": -1, "model": 1}, tokens=64) == {"data": 1, "fsdp": -1, "model": 1}
     mesh = mesh_lib.make_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
     assert ladder.forward_tokens(model, mesh, 8192, 40) == 8192
-    monkeypatch.setenv(ladder.VARIABLE, str(3 * MIB))
+    monkeypatch.setenv(exhausted.VARIABLE, str(3 * MIB))
     assert 40 <= ladder.forward_tokens(model, mesh, 8192, 40) < 8192
     assert ladder.forward_tokens(model, mesh, 8192, 40, held=3 * MIB) == 40
-    monkeypatch.setenv(ladder.VARIABLE, str(3 * MIB // 2))
+    monkeypatch.setenv(exhausted.VARIABLE, str(3 * MIB // 2))
     assert ladder.place(model, sizes, tokens=64)["fsdp"] > 1
-    monkeypatch.setenv(ladder.VARIABLE, str(MIB // 8))
+    monkeypatch.setenv(exhausted.VARIABLE, str(MIB // 8))
     with pytest.raises(UserError, match="nothing fits the 128.0 KiB of a device: the model needs about"):
         ladder.place(model, sizes, tokens=64)
 
@@ -233,19 +233,19 @@ def test_offload_without_such_memory_is_refused(wide, monkeypatch):
 ])
 def test_what_was_asked_for_is_read_from_the_message(text, size):
     error = jax.errors.JaxRuntimeError(text)
-    assert ladder.is_exhausted(error) and ladder.asked(error) == size
+    assert exhausted.is_exhausted(error) and exhausted.asked(error) == size
 
 
 @pytest.mark.parametrize("error", [RuntimeError("INVALID_ARGUMENT: a shape"), ValueError("out of memory"), UserError("out of memory")])
 def test_other_errors_are_no_exhausted_memory(error):
-    assert not ladder.is_exhausted(error)
+    assert not exhausted.is_exhausted(error)
 
 
 def limited(workdir, *flags) -> subprocess.CompletedProcess:
     """A real run whose address space ends at 64 GiB, so that more is refused on any machine."""
     command = ["bash", "-c", 'ulimit -v 67108864; exec "$@"', "-", sys.executable, "-m", "w2s_jax.main", *flags, f"--workdir={workdir}"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    env.pop(ladder.VARIABLE, None)
+    env.pop(exhausted.VARIABLE, None)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 

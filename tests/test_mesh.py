@@ -94,6 +94,16 @@ def test_gpt2s_own_sizes_on_a_mesh_of_8():
     assert specs[LAYERS + "attn/qkv/kernel"] == P(None, "fsdp", "model")
 
 
+@pytest.mark.parametrize("sizes, expected", [
+    ({"data": 8}, []), ({"model": 4, "data": 2}, ["backbone/embed/tokens/embedding"]),
+    ({"model": 8}, ["attn/qkv/kernel", "heads (12 over model=8: every device has them all)"]),
+])
+def test_what_does_not_divide_is_named(sizes, expected):
+    found = mesh_lib.lesser(models.build(tiny.config(), head="classifier"), make_mesh(**sizes))
+    assert all(any(name in line for line in found) for name in expected) and bool(found) == bool(expected)
+    assert mesh_lib.lesser(models.build(tiny.config(), head="classifier"), make_mesh()) == []
+
+
 def test_a_parameter_that_no_rule_covers_is_a_defect():
     with pytest.raises(ValueError, match="no sharding rule covers the parameter backbone/new/thing"):
         mesh_lib.spec("backbone/new/thing", (4, 4), make_mesh())

@@ -172,8 +172,7 @@ def _compile(point: dict) -> dict:
     platform = topology.chip.kind
     model = build(config, point["raw"], settings.remat)
     texts = corpus(config, model)
-    _, fallen = mesh_lib.param_shardings(mesh, model.abstract)
-    out: dict = {"lesser_sharding": fallen if mesh.size > 1 else []}
+    out: dict = {"lesser_sharding": mesh_lib.lesser(model, mesh)}
     start = time.perf_counter()
     with workload.precision(config):
         if config.what == "train":

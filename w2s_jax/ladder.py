@@ -14,75 +14,22 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
-import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from w2s_jax import chips, feeding, memory, train
+from w2s_jax import exhausted, feeding, memory, train
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import packing
 from w2s_jax.errors import UserError
 from w2s_jax.memory import Memory, show
 from w2s_jax.progress import say
 
-VARIABLE = "W2S_DEVICE_MEMORY"
 ROOM = 0.9  # share of a device that an estimate may fill: the rest is for its error, fragmentation and other programs
 SURE = 0.5  # share up to which an estimate is believed without asking the compiler: it was never twice as wrong
 FAR_OFF = 1.5  # what an estimate must be of a device for the smallest setting to be refused without asking the compiler
 COMPILED_ROOM = 0.97  # share that a compiled step may fill
-_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-
-
-# --------------------------------------------------------------------------- the devices
-
-
-def parse_size(text: str, what: str = VARIABLE) -> int:
-    """Bytes of `16GiB`, `500M`, `2e9`. UserError where it is none; `what` names it."""
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    try:
-        size = int(float(match[1]) * _UNITS[match[2]])
-    except (TypeError, ValueError):
-        size = 0
-    if size <= 0:
-        raise UserError(f"{what}={text!r}: expected a size such as 16GiB or 500MiB")
-    return size
-
-
-def _host_memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its control group's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            total = min(total, int(Path(file).read_text()))
-    return total
-
-
-def device_memory() -> int:
-    """Bytes of one device, the same on all processes: as W2S_DEVICE_MEMORY says, as the backend says, by the kind of device
-    (chips.py), or of a CPU its share of the host's."""
-    device = jax.local_devices()[0]
-    if stated := os.environ.get(VARIABLE):
-        return parse_size(stated)
-    stats = device.memory_stats() or {}
-    if stats.get("bytes_limit"):
-        size = int(stats["bytes_limit"])
-    elif chip := chips.of_device(device.device_kind):
-        size = chip.memory
-    else:
-        size = _host_memory() // jax.local_device_count()
-    if jax.process_count() > 1:  # hosts may differ a little, their decisions must not
-        from jax.experimental import multihost_utils
-
-        size = int(np.min(multihost_utils.process_allgather(np.int32(size >> 20)))) << 20
-    return size
-
-
-def _has_host_memory() -> bool:
-    return any(place.kind == train.HOST for place in jax.local_devices()[0].addressable_memories())
 
 
 # --------------------------------------------------------------------------- the rungs
@@ -188,7 +135,7 @@ class _Ladder:
         sizes = np.array([int(corpus.sizes[b].sum()) for b in batches])
         longest = int(np.argmax([int(corpus.sizes[b].max()) for b in batches]))
         self.heaviest = [batches[i] for i in dict.fromkeys([*np.argsort(-sizes, kind="stable")[:4].tolist(), longest])]
-        self.limit, self.devices = device_memory(), len(jax.devices())
+        self.limit, self.devices = exhausted.device_memory(), len(jax.devices())
         self.choices = rungs(config, self.devices, self.batch_size, loss.per_document)
         self.model = self.variant(config)
         self.rough_plan = functools.cache(self._rough_plan)
@@ -324,15 +271,19 @@ def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarra
                     f"{ladder.describe(least)} needs {show(needs)}{ladder.alternatives(least)}")
 
 
+def _has_host_memory() -> bool:
+    return any(place.kind == train.HOST for place in jax.local_devices()[0].addressable_memories())
+
+
 def _compiled_size(program: train.Program, corpus, plan: packing.Plan, ladder: _Ladder, rung: Rung, stats: dict) -> int:
     """Bytes of the run's largest program by the compiler's own account; by the estimate where it gives none."""
     which = max(range(len(plan.shapes)), key=lambda i: plan.shapes[i].cost(program.model.config.embed))
     try:
         found = memory.of_program(train.compile_ahead(program, corpus, plan, which, stats))
     except (RuntimeError, MemoryError) as error:
-        if not is_exhausted(error):
+        if not exhausted.is_exhausted(error):
             raise
-        return max(asked(error) or 0, int(ladder.limit * 1.01))
+        return max(exhausted.asked(error) or 0, int(ladder.limit * 1.01))
     return found or ladder.judge(rung, plan).peak
 
 
@@ -344,7 +295,7 @@ def place(model, mesh, *, tokens: int) -> dict[str, int]:
     that hold the model. UserError where none does."""
     if not is_open(mesh):
         return dict(mesh)
-    limit, least = device_memory(), None
+    limit, least = exhausted.device_memory(), None
     for sizes in _meshes(mesh, len(jax.devices())):
         shape = packing.Shape(max(tokens // 512, 1), min(512, model.config.max_positions))
         needs = memory.estimate(model, dict(zip(mesh_lib.AXES, sizes)), shape, slots=2, platform=jax.default_backend()).peak
@@ -358,7 +309,7 @@ def place(model, mesh, *, tokens: int) -> dict[str, int]:
 def forward_tokens(model, mesh, wanted: int, longest: int, held: int = 0, *, size: int | None = None, platform: str | None = None) -> int:
     """Tokens of a forward pass on one device: `wanted`, halved until the pass fits beside `held` bytes (of training), one document of
     `longest` tokens at least. `mesh`: anything with a `shape`. `size`, `platform`: of devices that are not here."""
-    limit, platform = ROOM * (size or device_memory()) - held, platform or jax.default_backend()
+    limit, platform = ROOM * (size or exhausted.device_memory()) - held, platform or jax.default_backend()
     while wanted > longest:
         shape = packing.Shape(max(wanted // longest, 1), longest)
         if memory.estimate(model, mesh.shape, shape, slots=2, platform=platform).peak <= limit:
@@ -370,56 +321,13 @@ def forward_tokens(model, mesh, wanted: int, longest: int, held: int = 0, *, siz
 # --------------------------------------------------------------------------- out of memory
 
 
-def is_exhausted(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out: of a device (at compile, load or run time) or of the host."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and bool(re.search(r"RESOURCE_EXHAUSTED|out of memory|bad_alloc", str(error), re.IGNORECASE))
-
-
-def asked(error: BaseException) -> int | None:
-    """How many bytes XLA says that it asked for, or that the program uses."""
-    text = str(error)
-    for pattern in (r"allocat\w*\s+(?:of\s+)?([\d.]+)\s*([KMGT]?)i?B", r"allocat\w*\s+(?:of\s+)?(\d+)()\s*bytes",
-                    r"Used ([\d.]+)([KMGT]?) of"):
-        if match := re.search(pattern, text, re.IGNORECASE):
-            return int(float(match[1]) * _UNITS[match[2].lower()])
-    return None
-
-
-def answer(error: BaseException, what: str, advice: str) -> UserError:
-    """The line that answers an exhausted memory."""
-    size = asked(error)
-    where = f"asking for {show(size)} more than was free" if size else "asking for more than was free"
-    with contextlib.suppress(RuntimeError):
-        where += f" (a device has {show(device_memory())})"
-    return UserError(f"memory: {what} ran out of it, {where}{advice}")
-
-
-def advice(config) -> str:
-    """What to change in a stage whose needs nobody has estimated."""
-    keys = []
-    if "eval_batch_size" in config:
-        size = config.eval_batch_size
-        keys.append(f"--config.eval_batch_size={max(size // 2, 1)}" if size else "a small --config.eval_batch_size (documents a pass)")
-    if isinstance(config.get("microbatch_size"), int) and config.batch_size > 1:
-        keys.append(f"--config.microbatch_size={max((config.microbatch_size or config.batch_size) // 2, 1)}")
-    if config.get("remat") == "none":
-        keys.append("--config.remat=full")
-    if "mesh" in config and config.mesh.get("fsdp") != len(jax.devices()) > 1:
-        keys.append(f"--config.mesh={'x'.join(map(str, (1, len(jax.devices()), 1)))}")
-    if config.get("dtype") == "float32":
-        keys.append("--config.dtype=bfloat16")
-    return f"; expected {' or '.join(keys)}" if keys else "; expected a smaller model or more memory"
-
-
 @contextlib.contextmanager
 def answered(what: str, fitted: Fitted) -> Iterator[None]:
     """Turns an exhausted memory inside the block into one line that names the next setting."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_exhausted(error):
+        if not exhausted.is_exhausted(error):
             raise
-        advised = fitted.ladder.next_smaller(fitted.rung, asked(error) or 0)
-        raise answer(error, f"{what} ({fitted.ladder.describe(fitted.rung)})", advised) from error
+        advised = fitted.ladder.next_smaller(fitted.rung, exhausted.asked(error) or 0)
+        raise exhausted.answer(error, f"{what} ({fitted.ladder.describe(fitted.rung)})", advised) from error

@@ -175,3 +175,15 @@ def param_shardings(mesh: Mesh, abstract) -> tuple[dict, list[str]]:
     """Shardings for a nested dict of parameters, and the paths that fell back to a lesser rule."""
     fallen = [path for path, leaf in paths(abstract) if spec(path, leaf.shape, mesh)[1]]
     return map_paths(lambda path, leaf: NamedSharding(mesh, spec(path, leaf.shape, mesh)[0]), abstract), fallen
+
+
+def lesser(model, mesh: Mesh) -> list[str]:
+    """What does not divide over the mesh, and lies there in a lesser way, or whole: parameters, by their paths, and attention's heads."""
+    if mesh.size == 1:
+        return []
+    split, found = mesh.shape["model"], param_shardings(mesh, model.abstract)[1]
+    for name in ("heads", "kv_heads"):  # image networks have none to say
+        count = getattr(model.config, name, split)
+        if count % split:
+            found.append(f"{name} ({count} over model={split}: every device has them all)")
+    return found

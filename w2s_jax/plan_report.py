@@ -87,7 +87,7 @@ def page(p: dict, config) -> str:
               f"{1 - c['useful'] / c['computed']:.0%}, attention {c['attention']}, {c['group']} steps in one call; compiled in "
               f"{c['seconds']['compile']:.0f} s."]
     if c["lesser_sharding"]:
-        lines += ["", f"Parameters whose best sharding does not divide: {', '.join(c['lesser_sharding'])}."]
+        lines += ["", f"What does not divide over this mesh, and lies there in a lesser way: {', '.join(c['lesser_sharding'])}."]
     return "\n".join([*lines, "", *_tried(p)]) + "\n"
 
 

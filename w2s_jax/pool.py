@@ -32,16 +32,16 @@ LAUNCHERS = re.compile(r"(SLURM|OMPI|PMI|PMIX|PRTE|MEGASCALE)_|JAX_LOCAL_DEVICE_
 TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}  # chips of a process -> their shape on the host
 TPU_PORT = 8471  # libtpu's own; each process of a host needs another
 
-MEMORY = "W2S_DEVICE_MEMORY"  # what ladder.py takes for the memory of a device; not imported: it brings jax along
+MEMORY = "W2S_DEVICE_MEMORY"  # what exhausted.py takes for the memory of a device; not imported: it brings jax along
 
 PROBE = """
 import jax
-from w2s_jax import ladder
+from w2s_jax import exhausted
 found = jax.local_devices()
 platform = found[0].platform
 if platform == "gpu":
     platform = "rocm" if "rocm" in found[0].client.platform_version.lower() else "cuda"
-print("DEVICES", platform, len({tuple(d.coords) for d in found} if platform == "tpu" else found), ladder.device_memory())
+print("DEVICES", platform, len({tuple(d.coords) for d in found} if platform == "tpu" else found), exhausted.device_memory())
 """
 
 

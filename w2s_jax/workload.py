@@ -182,7 +182,7 @@ class Loaded:
     params: dict
     mesh: jax.sharding.Mesh
     folder: hub.Folder
-    replicated: list[str]  # parameters that fell back to a lesser sharding rule
+    replicated: list[str]  # what lies on the mesh in a lesser way (mesh.lesser)
     step: int = 0  # of the checkpoint that they come from
 
 
@@ -219,13 +219,13 @@ def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
     folder = hub.resolve(config.model, config.revision)
     model = build(config, folder, head)
     mesh = _mesh(config, model)
-    shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
+    shardings, _ = mesh_lib.param_shardings(mesh, model.abstract)
     params = models.load(folder, model, shardings, jax.random.key(seed))
     if head == "classifier" and config.head_init == "unembedding":
         params["head"]["kernel"] = mesh_lib.put(_unembedding(config, model, folder), params["head"]["kernel"].sharding)
     if lora(config) and config.lora.init:
         params = models.load_adapter(config.lora.init, params, model)
-    return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [])
+    return Loaded(model, params, mesh, folder, mesh_lib.lesser(model, mesh))
 
 
 def _mesh(config, model) -> jax.sharding.Mesh:
@@ -261,7 +261,7 @@ def restore(source: runlog.LoadedRun, config=None) -> Loaded:
         folder = hub.resolve(trained.model, revision)
         model = build(config, folder)
         mesh = _mesh(config, model)
-        shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
+        shardings, _ = mesh_lib.param_shardings(mesh, model.abstract)
         wanted, rest = train.split_params(model.abstract, trained.train)
         params, _ = checkpoints.restore(steps[0], ckpt.abstract(wanted, train.split_params(shardings, trained.train)[0]))
         if rest:
@@ -272,7 +272,7 @@ def restore(source: runlog.LoadedRun, config=None) -> Loaded:
             params = train.merge_params(params, train.split_params(whole, trained.train)[1])
     finally:
         checkpoints.close()
-    return Loaded(model, params, mesh, folder, fallen if mesh.size > 1 else [], steps[0])
+    return Loaded(model, params, mesh, folder, mesh_lib.lesser(model, mesh), steps[0])
 
 
 def forward_tokens(config, tokens: Sequence[np.ndarray], mesh, model, held: int = 0) -> int:

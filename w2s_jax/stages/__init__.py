@@ -40,11 +40,11 @@ def run(config, workdir, **options) -> dict:
         try:
             return importlib.import_module(STAGES[name]).run(registry.fill(config), workdir, **options)
         except (RuntimeError, MemoryError) as error:
-            from w2s_jax import ladder
+            from w2s_jax import exhausted
 
-            if not ladder.is_exhausted(error):
+            if not exhausted.is_exhausted(error):
                 raise
-            raise ladder.answer(error, f"the stage {name}", ladder.advice(config)) from error
+            raise exhausted.answer(error, f"the stage {name}", exhausted.advice(config)) from error
 
     try:
         check_processes(name)

@@ -144,12 +144,12 @@ def _build(config, shape: models.Architecture) -> models.Model:
 
 def _parameters(config, model, mesh, source: hub.Folder | None) -> tuple[dict, list[str]]:
     """The parameters on their mesh, random or the checkpoint's, and those that fell back to a lesser sharding."""
-    shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
+    shardings, _ = mesh_lib.param_shardings(mesh, model.abstract)
     if source:
         params = models.load(source, model, shardings)
     else:
         params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(config.seed))
-    return params, fallen if mesh.size > 1 else []
+    return params, mesh_lib.lesser(model, mesh)
 
 
 @dataclasses.dataclass(frozen=True)

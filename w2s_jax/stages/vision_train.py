@@ -67,9 +67,9 @@ def _open(config, prepared: images_lib.Prepared) -> tuple[workload.Loaded, image
     model = models.build(sizes, head=head, classes=classes, dtype=config.dtype, param_dtype=config.param_dtype, remat=config.remat,
                          head_init=config.head_init, dropout=float(config.dropout))
     mesh = mesh_lib.make_mesh(config.mesh)
-    shardings, fallen = mesh_lib.param_shardings(mesh, model.abstract)
+    shardings, _ = mesh_lib.param_shardings(mesh, model.abstract)
     params = _drawn((model, mesh, "init"), model.init, shardings, config.seed)
-    return workload.Loaded(model, params, mesh, None, fallen if mesh.size > 1 else []), images
+    return workload.Loaded(model, params, mesh, None, mesh_lib.lesser(model, mesh)), images
 
 
 def _drawn(name, init, shardings: dict, seed: int) -> dict:
