@@ -127,7 +127,7 @@ def test_what_was_given_is_not_judged(wide, monkeypatch):
 
 
 def test_nothing_fits(wide, monkeypatch):
-    with pytest.raises(UserError, match=r"nothing fits the 1.0 MiB of a device: mesh .* needs .*; would fit: \d+ devices") as error:
+    with pytest.raises(UserError, match=r"nothing fits the 1.0 MiB of a device: mesh .* needs .*; would fit: .*\d+ devices") as error:
         decided(wide, monkeypatch, MIB)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"nothing fits .* with mesh as given"):

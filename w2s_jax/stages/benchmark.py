@@ -217,7 +217,8 @@ class Ours:
 
     def __init__(self, config, model, mesh, params, corpus: feeding.Texts):
         keys = registry.fill(config_lib.shipped("finetune"))
-        keys.update({k: config[k] for k in ("batch_size", "microbatch_size", "steps_per_dispatch")})
+        with keys.ignore_type():
+            keys.update({k: config[k] for k in ("batch_size", "microbatch_size", "steps_per_dispatch")})
         batches = packing.batch_stream(len(corpus.tokens), config.batch_size, 1, "none", config.seed)
         self.program = train.Program(model, losses.make("xent", {}, ground_truth=True, label_stats={}), optimizers.make("adam", {}), mesh)
         self.plan = feeding.make_plan(keys, model, corpus, batches, mesh)
@@ -325,6 +326,7 @@ def startup() -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         keys = registry.fill(config_lib.shipped("finetune"))
+        keys.remat = "none"  # it may be left to the memory there is, which this model does not fill
         model = _model(SMALL, keys)
         models.save(folder / "model", {"backbone": jax.jit(model.init)(jax.random.key(0))["backbone"]}, _raw(SMALL))
         rng = np.random.default_rng(0)
