@@ -18,6 +18,8 @@ from processes import FAST, launch, port  # noqa: F401 (launch is a fixture)
 
 import w2s_jax
 
+pytestmark = pytest.mark.slow  # minutes together
+
 KEYS = {"batch_size": 8, "epochs": 2, "learning_rate": 1e-3, "split": "train", "checkpoint_every": 0, "steps_per_dispatch": 4,
         "mesh__data": 1, "mesh__fsdp": 4}  # fmt: skip
 

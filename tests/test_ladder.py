@@ -17,6 +17,8 @@ from w2s_jax import mesh as mesh_lib
 from w2s_jax.config import shipped
 from w2s_jax.errors import UserError
 
+pytestmark = pytest.mark.slow  # minutes together
+
 ROOT = Path(__file__).resolve().parents[1]
 GIB, MIB = 2**30, 2**20
 

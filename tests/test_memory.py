@@ -10,6 +10,8 @@ from w2s_jax import mesh as mesh_lib
 from w2s_jax.data.packing import Plan, Shape
 from w2s_jax.models.heads import LOGITS_AT_ONCE
 
+pytestmark = pytest.mark.slow  # minutes together
+
 GPT2 = {"vocab_size": 1000, "n_embd": 128, "n_inner": 512, "n_layer": 4, "n_head": 8, "n_positions": 512}
 LLAMA = {
     "model_type": "llama", "vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8,

@@ -16,6 +16,8 @@ from w2s_jax.errors import UserError
 from w2s_jax.hlo import Collective
 from w2s_jax.stages import plan as plan_lib
 
+pytestmark = pytest.mark.slow  # minutes together
+
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler: pip install 'w2s_jax[plan]'")
 PARAMETERS = {  # of the language models, as their authors publish them
     "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,

@@ -19,6 +19,8 @@ from w2s_jax.config import shipped
 from w2s_jax.errors import UserError
 from w2s_jax.graph import Graph
 
+pytestmark = pytest.mark.slow  # minutes together
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGAN = "JAX_NUM_CPU_DEVICES"  # says in a process how many slots it holds
 
