@@ -22,10 +22,12 @@ MAX_BATCH = 512  # images of a forward pass, however small
 
 @dataclasses.dataclass
 class Batch:
-    """Images of a forward pass: `arrays` as `models.vision` takes them, and the images' numbers `[cells, slots]`, -1 = an empty slot."""
+    """Images of a forward pass: `arrays` as `models.vision` takes them, and the images' numbers `[cells, slots]`, -1 = an empty slot.
+    `useful`: tokens, of which images have none."""
 
     arrays: dict[str, np.ndarray]
     documents: np.ndarray
+    useful: int = 0
 
 
 def batch_size(config, size: tuple[int, int], mesh) -> int:
