@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     if os.environ.get("W2S_SLURM") != "1":
-        pytest.skip("a SLURM cluster is started only with W2S_SLURM=1: one of these tests failed after the last merge and is to be looked at")
+        pytest.skip("a SLURM cluster is started only with W2S_SLURM=1: one of them failed after the last merge")
     if missing := cluster_lib.missing():
         pytest.skip(f"SLURM is not installed (no {missing[0]}): apt-get install slurm-wlm munge")
     made = cluster_lib.Cluster(tmp_path_factory.mktemp("cluster"))
