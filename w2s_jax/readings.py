@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 from w2s_jax import feeding, forward, store, vision, workload
 from w2s_jax import mesh as mesh_lib
 from w2s_jax.data import images as images_lib
+from w2s_jax.data.packing import EvalBatch
 from w2s_jax.errors import UserError
 from w2s_jax.progress import say
 
@@ -18,16 +18,6 @@ FORMAT = 1
 FORWARD_PIXELS = {"cpu": 3_000_000}  # of the images of a forward pass on one device; others take _FORWARD_PIXELS
 _FORWARD_PIXELS = 25_000_000
 MAX_BATCH = 512  # images of a forward pass, however small
-
-
-@dataclasses.dataclass
-class Batch:
-    """Images of a forward pass: `arrays` as `models.vision` takes them, and the images' numbers `[cells, slots]`, -1 = an empty slot.
-    `useful`: tokens, of which images have none."""
-
-    arrays: dict[str, np.ndarray]
-    documents: np.ndarray
-    useful: int = 0
 
 
 def batch_size(config, size: tuple[int, int], mesh) -> int:
@@ -46,7 +36,7 @@ def batches(loader_: images_lib.Loader, rows: np.ndarray, size: int, cells: int,
     for part, pixels in loader_.stream(rows[at:], size):
         arrays = feeding.image_batch(pixels, size)
         arrays = {k: v.reshape(cells, size // cells, *v.shape[1:]) for k, v in arrays.items()}
-        yield Batch(arrays, np.where(arrays["documents"] >= 0, arrays["documents"] + at, -1))
+        yield EvalBatch(arrays, np.where(arrays["documents"] >= 0, arrays["documents"] + at, -1))
         at += len(part)
 
 

@@ -251,8 +251,8 @@ def _fill(packed, tokens, shape: Shape, slots: int, sort_slots: bool = False) ->
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatch:
-    """A packed batch for a forward pass: `arrays` as in `assemble` without the microbatch axis; `documents` global numbers; `useful`
-    tokens in all its cells."""
+    """A batch for a forward pass, of packed documents (or of images): `arrays` as in `assemble` without the microbatch axis (as
+    `models.vision` takes them); `documents` global numbers; `useful` tokens in all its cells (0 of images)."""
 
     arrays: dict[str, np.ndarray]
     documents: np.ndarray  # [cells, slots] document numbers over the whole set, -1 = empty
