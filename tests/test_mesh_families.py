@@ -13,7 +13,7 @@ import reference
 import test_train
 import tiny
 
-from w2s_jax import feeding, forward, losses, models, train
+from w2s_jax import feeding, forward, losses, models, optimizers, train
 from w2s_jax import mesh as mesh_lib
 
 pytestmark = [pytest.mark.usefixtures("fast_compiles"), pytest.mark.slow]
@@ -26,8 +26,11 @@ CASES = ("gpt2 odd", "gpt_neox", "llama", "mistral", "qwen", "qwen2 windows", "q
          "roberta", "modernbert")
 SHAPES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
 EVERY = os.environ.get("W2S_EVERY_MESH") == "1"
-LORA = models.Lora(3, 6.0, 0.0, "all-linear", False)
+LORA = models.Lora(3, 1.0, 0.0, "all-linear", False)  # scaled by a third: larger adapters of random weights would sharpen attention
 STEPS, BATCH = 2, 11
+# Adam's first step is the gradient's sign: with its usual eps, an element whose gradient is rounding and nothing else would go
+# either way, and another order of sums show in the fourth digit of a logit.
+EPS = 1e-3
 
 
 def raw(case):
@@ -56,7 +59,8 @@ def fit(case, trained, shape):
     mesh = test_train.make_mesh(**dict(zip(mesh_lib.AXES, shape)))
     batches = [np.arange(BATCH) + i * BATCH for i in range(STEPS)]
     plan = feeding.make_plan(tiny.finetune("m", "t", steps_per_dispatch=1), model, corpus(), batches, mesh)
-    program = train.Program(model, losses.make("logconf", {}, ground_truth=False), test_train.optimizer(), mesh, trained)
+    optimizer = optimizers.make("adamw", {"eps": EPS}, weight_decay=0.1, grad_clip=0.5)  # the clip needs one norm over everything
+    program = train.Program(model, losses.make("logconf", {}, ground_truth=False), optimizer, mesh, trained)
     shardings = mesh_lib.param_shardings(mesh, model.abstract)[0]
     run = test_train.Recorder()
     params = train.train(tiny.finetune("m", "t"), program, jax.device_put(start, shardings), corpus(), plan, [1e-2] * STEPS, run)
