@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.matmul_precision = "default"  # default | high | highest (default may mean TF32 or bfloat16 passes on an accelerator)
     c.attention = "auto"  # auto | xla | splash (TPU) | pallas, cudnn (GPU; cudnn: one document a row)
     c.remat = "auto"  # rematerialisation: auto (what fits) | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
-    c.offload = "none"  # optimizer: its state lies in the host's memory between updates (TPU, GPU) | none
+    c.offload = "none"  # to the host's memory: optimizer (its state, between updates) | params (that, and the layers' matrices) | none
     c.train = "full"  # what is trained: full | head | lora (low-rank adapters and the head; these are float32)
     c.lora = ConfigDict()  # settings of train=lora; unset = the default, or that of the adapter named by init
     c.lora.rank = placeholder(int)  # of the adapters (8)

@@ -58,6 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.mesh.fsdp = 0  # parameters and batch split
     c.mesh.model = 0  # tensors split
     c.remat = "auto"  # rematerialisation: auto (chosen) | none | full | dots | dots_no_batch | nothing_saveable | everything_saveable
+    c.offload = "none"  # to the host's memory: optimizer (its state, between updates) | params (that, and the layers' matrices) | none
     c.microbatch_size = 0  # documents over all devices held in memory at once; 0 = the whole batch, smaller where it does not fit
 
     # Prediction

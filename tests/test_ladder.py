@@ -191,33 +191,41 @@ def test_forward_passes_take_fewer_tokens_or_split_the_model(wide, monkeypatch):
 # --------------------------------------------------------------------------- offload
 
 
-def test_offloaded_state_lies_on_the_host_and_changes_nothing(tmp_path, tiny_task, tiny_model, monkeypatch, fast_compiles):
-    plain = finetune(tmp_path / "plain", tiny_model, tiny_task, epochs=1)
-    kinds, real, left = set(), train._run_dispatch, [3]
+@pytest.mark.parametrize("offload, trained", [("optimizer", "full"), ("params", "full"), ("params", "lora")])
+def test_what_is_offloaded_lies_on_the_host_and_changes_nothing(tmp_path, tiny_task, tiny_model, monkeypatch, fast_compiles, offload,
+                                                                trained):
+    keys = {"train": trained, "microbatch_size": 4 if trained == "full" else 0}
+    plain = finetune(tmp_path / "plain", tiny_model, tiny_task, epochs=1, **keys)
+    state, matrices, real, left = set(), set(), train._run_dispatch, [3]
 
-    def call(program, stats, trainable, opt_state, *rest):
+    def call(program, stats, trainable, opt_state, loss_state, frozen, *rest):
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        out = real(program, stats, trainable, opt_state, *rest)
-        kinds.update((leaf.ndim > 0, leaf.sharding.memory_kind) for tree in (opt_state, out[1]) for leaf in jax.tree.leaves(tree))
+        out = real(program, stats, trainable, opt_state, loss_state, frozen, *rest)
+        state.update((leaf.ndim > 0, leaf.sharding.memory_kind) for tree in (opt_state, out[1]) for leaf in jax.tree.leaves(tree))
+        matrices.update(("/layers/" in path and path.endswith("kernel"), leaf.sharding.memory_kind)
+                        for tree in (trainable, out[0], frozen) for path, leaf in mesh_lib.paths(tree))
         return out
 
-    keys = {"offload": "optimizer", "steps_per_dispatch": 2}
+    keys |= {"offload": offload, "steps_per_dispatch": 2, "eval_every": 4}
     monkeypatch.setattr(train, "_run_dispatch", call)
     with pytest.raises(KeyboardInterrupt):
         finetune(tmp_path / "host", tiny_model, tiny_task, **keys)
     left[0] = 100
     host = finetune(tmp_path / "host", tiny_model, tiny_task, **keys)  # from a checkpoint of offloaded state
-    assert kinds == {(True, train.HOST), (False, "device")}
+    assert state == {(True, mesh_lib.HOST), (False, "device")}
+    assert matrices == {(True, mesh_lib.HOST if offload == "params" else "device"), (False, "device")}
     assert [r["loss"] for r in host.metrics] == [r["loss"] for r in plain.metrics]
     jax.tree.map(np.testing.assert_array_equal, host.model().params, plain.model().params)
     assert host.record["identity"] == plain.record["identity"]
-    assert host.record["memory"]["estimate"]["optimizer_state"] == 0 < plain.record["memory"]["estimate"]["optimizer_state"]
+    needs, usual = (run.record["memory"]["estimate"] for run in (host, plain))
+    assert needs["optimizer_state"] == 0 < usual["optimizer_state"]
+    assert (needs["parameters"] < 0.5 * usual["parameters"]) == (offload == "params")
 
 
 def test_offload_without_such_memory_is_refused(wide, monkeypatch):
-    monkeypatch.setattr(ladder, "_has_host_memory", lambda: False)
+    monkeypatch.setattr(ladder, "has_host_memory", lambda: False)
     with pytest.raises(UserError, match=r"config.offload: 'optimizer', but the devices here \(cpu\) have no pinned memory"):
         decided(wide, monkeypatch, GIB, offload="optimizer")
 

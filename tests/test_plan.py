@@ -170,6 +170,15 @@ def test_the_tpus_compiler_compiles_a_runs_step(model):
 
 
 @TPU
+def test_the_tpus_compiler_leaves_what_is_offloaded_to_the_host(model):
+    here, away = (ahead.compile_point(point(model, "v5e:2x2", costs.Settings(1, 4, 1, "full", 0), lengths="128", offload=offload))
+                  for offload in ("none", "params"))
+    assert sum(here["host"].values()) == 0 and away["host"]["parameters"] > 0.5 * here["parts"]["parameters"]
+    assert sum(away["host"].values()) + sum(away["parts"].values()) == sum(here["parts"].values())
+    assert away["memory"]["arguments"] < here["memory"]["arguments"] - 0.9 * sum(away["host"].values())
+
+
+@TPU
 def test_what_does_not_fit_a_chip_is_told_by_its_compiler():
     large = configs.shipped("plan")
     large.update({"lengths": "512", "n_train": 32, "epochs": 1})
@@ -187,7 +196,7 @@ def test_a_slice_that_cannot_be_is_refused(model):
 # --------------------------------------------------------------------------- the stage
 
 
-@pytest.mark.parametrize("keys", [{}, {"train": "lora", "remat": "full"}, {"what": "label", "eval_batch_size": 16}])
+@pytest.mark.parametrize("keys", [{}, {"train": "lora", "remat": "full", "offload": "params"}, {"what": "label", "eval_batch_size": 16}])
 def test_a_plan_for_gpus(tmp_path, model, capsys, monkeypatch, keys):
     """The whole stage: settings chosen, the step partitioned, the page; asked again nothing is compiled, a table goes on."""
     asked = config(model, topology="h100:4", **keys)
@@ -195,12 +204,17 @@ def test_a_plan_for_gpus(tmp_path, model, capsys, monkeypatch, keys):
     (found,) = results["points"]
     assert (found["compiled"]["parts"]["optimizer_state"] == 0) == ("what" in keys)
     assert found["compiled"]["parts"]["optimizer_state"] < found["compiled"]["parts"]["parameters"] * (0.5 if keys else 2.5)
+    # Forward, and backward with what is computed again there: the matrices come in twice; the adapters' moments go both ways.
+    host = found["compiled"]["host"]
+    assert found["host_traffic"] == 2 * host["parameters"] + 2 * host["optimizer_state"]
+    assert (host["parameters"] > 0) == (found["host_traffic"] > 0) == ("offload" in keys)
     assert found["fits"] and found["compiler"] == "estimate" and found["chips"] == 4 and found["source"] == "folder"
     assert found["tokens_per_second"] == pytest.approx(64 * 32 / found["run_seconds"]) and found["epoch_seconds"] == found["run_seconds"]
     assert math.prod(found["settings"][axis] for axis in ("data", "fsdp", "model")) == 4
     page = (tmp_path / "plan" / "plan.md").read_text()
     assert page in capsys.readouterr().out and "an ESTIMATE" in page and "| parameters |" in page
     assert f"--config.remat={found['settings']['remat']}" in page
+    assert ("from and to the host a step" in page) == ("--config.offload=params" in page) == ("offload" in keys)
     monkeypatch.setattr(ahead, "compile_point", lambda point: pytest.fail("compiled again"))
     assert stages.run(asked, tmp_path / "plan") == results
     (tmp_path / "plan" / "results.json").unlink()

@@ -45,8 +45,9 @@ def compile_point(point: dict) -> dict:
 
     Returns:
       JSON object: `shape`, `cells`, `microbatches`, `group`, `steps`, `useful`, `computed` (the plan), `attention`,
-      `lesser_sharding`, `parts` (bytes a device: parameters, optimizer_state), `seconds` (lower, compile, compile_cpu), and either
-      `memory` (bytes a device) and `cost` (`hlo.Cost`), or `out_of_memory` (the compiler's sentence) with `needed` (bytes, where it says).
+      `lesser_sharding`, `parts` (bytes a device: parameters, optimizer_state), `host` (the same of what is offloaded), `seconds`
+      (lower, compile, compile_cpu), and either `memory` (bytes a device) and `cost` (`hlo.Cost`), or `out_of_memory` (the compiler's
+      sentence) with `needed` (bytes, where it says).
 
     Raises:
       UserError: the compiler knows no such topology.
@@ -114,7 +115,8 @@ def program(config, model, mesh):
     from w2s_jax import losses, optimizers, train
 
     loss = losses.make(config.loss, {}, ground_truth=False, label_stats={})
-    return train.Program(model, loss, optimizers.make(config.optimizer, config_lib.optimizer_args(config)), mesh, config.train)
+    optimizer = optimizers.make(config.optimizer, config_lib.optimizer_args(config))
+    return train.Program(model, loss, optimizer, mesh, config.train, config.offload)
 
 
 def labelling_batches(config, model, texts, settings: Settings, chip: chips.Chip) -> list:
@@ -150,11 +152,14 @@ def _devices(topology: chips.Topology) -> list:
     return list(found)
 
 
-def _bytes(tree) -> int:
-    """Of the part of every array that lies on one device."""
+def _bytes(tree, host: bool = False) -> int:
+    """Of the part of every array that lies on one device, in its own memory or in the host's."""
     import jax
 
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    from w2s_jax import mesh as mesh_lib
+
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+               if (a.sharding.memory_kind == mesh_lib.HOST) == host)
 
 
 def _compile(point: dict) -> dict:
@@ -181,7 +186,7 @@ def _compile(point: dict) -> dict:
             steps, group = len(plan.batches), max(map(len, plan.dispatches))
             xs = train.dispatch_inputs(texts, plan, plan.shapes.index(shape))
             arguments = train.abstract_arguments(program(config, model, mesh), xs)
-            parts = {"parameters": _bytes([arguments[0], arguments[3]]), "optimizer_state": _bytes(arguments[1])}
+            held = [arguments[0], arguments[3]], arguments[1]
             lowered = train.lower(program(config, model, mesh), *arguments)
             out |= {"group": group, "microbatches": plan.microbatches, "useful": plan.useful, "computed": plan.computed,
                     "shapes": [[s.rows, s.time] for s in plan.shapes], "share": _share(plan, shape, model.config.embed)}
@@ -190,9 +195,9 @@ def _compile(point: dict) -> dict:
             largest = max(batches, key=lambda b: b.arrays["tokens"].size)
             shape_of = lambda b: b.arrays["tokens"].shape[1:]  # noqa: E731
             params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model.abstract,
-                                  mesh_lib.param_shardings(mesh, model.abstract)[0])
+                                  mesh_lib.param_shardings(mesh, model.abstract, config.offload)[0])
             arrays = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=mesh_lib.batch_sharding(mesh)) for k, v in largest.arrays.items()}
-            parts = {"parameters": _bytes(params), "optimizer_state": 0}
+            held = params, []
             lowered = forward.lower(model.apply, params, arrays)
             sizes = [b.arrays["tokens"].size for b in batches]
             steps, shape = len(batches), largest.arrays["tokens"].shape[1:]
@@ -203,7 +208,8 @@ def _compile(point: dict) -> dict:
     c = model.config
     chosen = attention.choose(model.compute.attention, platform, c.kinds, c.causal, width=c.head_dim, dtype=model.compute.dtype,
                               cap=c.attention_cap, time=row)
-    out |= {"shape": [rows, row], "cells": settings.data * settings.fsdp, "steps": steps, "parts": parts, "attention": chosen,
+    parts, host = ({"parameters": _bytes(held[0], where), "optimizer_state": _bytes(held[1], where)} for where in (False, True))
+    out |= {"shape": [rows, row], "cells": settings.data * settings.fsdp, "steps": steps, "parts": parts, "host": host, "attention": chosen,
             "parameters": sum(math.prod(a.shape) for a in jax.tree.leaves(model.abstract))}
     start, worked = time.perf_counter(), time.process_time()
     out |= _cost(lowered, topology)

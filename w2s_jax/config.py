@@ -58,7 +58,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "matmul_precision": ("default", "high", "highest"),
     "attention": ("auto", "xla", "cudnn", "splash", "pallas"),
     "remat": ("auto", "none", "full", "dots", "dots_no_batch", "nothing_saveable", "everything_saveable"),
-    "offload": ("none", "optimizer"),
+    "offload": ("none", "optimizer", "params"),
     "train": ("full", "head", "lora"),
     "what": ("train", "label"),
     "head_init": ("zeros", "normal", "small", "unembedding"),

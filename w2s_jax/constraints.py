@@ -41,6 +41,13 @@ def spread(x: jax.Array, model: int | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(jax.typeof(x).sharding.mesh, P(*axes)))
 
 
+def fetched(tree):
+    """Arrays inside a program, those that lie in the host's memory brought to the device (gradients go the way back)."""
+    def bring(x):
+        return jax.device_put(x, jax.memory.Space.Device) if jax.typeof(x).memory_space == jax.memory.Space.Host else x
+    return jax.tree.map(bring, tree)
+
+
 def gathered(parameter: jax.Array, rows: jax.Array, model: int) -> jax.Array:
     """A parameter inside a program, whole but for dimension `model`, which lies over that axis where it divides. `rows`: an array of
     the batch, which knows the mesh."""

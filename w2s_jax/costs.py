@@ -119,7 +119,7 @@ def work(model, settings: Settings, shape: Shape, *, microbatches: int, train: s
     tokens, split = shape.rows * shape.time * microbatches, mesh["model"]
     through = train in ("full", "lora")  # gradients go through the layers
     again = 1 if through and settings.remat in ("full", "nothing_saveable") else 0
-    forwards = (2 if train and microbatches > 1 and not per_document else 1) + again
+    forwards = _forwards(train, microbatches, per_document) + again
     passes = forwards + (2 if train == "full" else 1 if through else 0)
     scores = 2.0 * tokens * shape.time * c.heads * c.head_dim * c.layers  # one of attention's products, or its share of a backward pass
     attended = forwards + (2 if through else 0) + (1 if through and not again else 0)  # scores are never kept
@@ -133,7 +133,7 @@ def work(model, settings: Settings, shape: Shape, *, microbatches: int, train: s
     def share(group):
         return (group - 1) / group
 
-    rounds = microbatches * (forwards + (1 if through and not again else 0))  # how often a layer's matrices are needed anew
+    rounds = _rounds(train, microbatches, per_document)
     fsdp, data = mesh["fsdp"], mesh["data"]
     add("all-gather", fsdp, rounds * len(layers) * c.layers, rounds * weights / split * size * share(fsdp))
     per_device = trained / split
@@ -145,6 +145,23 @@ def work(model, settings: Settings, shape: Shape, *, microbatches: int, train: s
     state = trained / (split * fsdp) * 28  # parameter, two moments and gradient, read and written
     moved = state + rounds * 2 * weights / split * size + tokens * passes * c.layers * size * (8 * c.embed + 4 * c.mlp / split)
     return Work(flops, moved, tuple(collectives))
+
+
+def _forwards(train: str | None, microbatches: int, per_document: bool) -> int:
+    """Forward passes of a microbatch, those of rematerialisation aside."""
+    return 2 if train and microbatches > 1 and not per_document else 1
+
+
+def _rounds(train: str | None, microbatches: int, per_document: bool) -> int:
+    """How often a layer's matrices are needed anew in a step: in every forward pass, and once for what comes back."""
+    return microbatches * (_forwards(train, microbatches, per_document) + (train in ("full", "lora")))
+
+
+def host_traffic(host: dict, *, microbatches: int, train: str | None, per_document: bool) -> int:
+    """Bytes a step between a device and its host's memory, where `host` bytes of `parameters` and `optimizer_state` lie: the layers'
+    matrices come in with every pass, their gradients go out, and the update reads and writes all."""
+    moved = host["parameters"] * _rounds(train, microbatches, per_document) + 2 * host["optimizer_state"]
+    return moved + (host["parameters"] * (2 * microbatches + 2) if train == "full" else 0)
 
 
 def meshes(devices: int, model, most: int) -> list[dict[str, int]]:

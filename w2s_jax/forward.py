@@ -102,6 +102,7 @@ def passes(name, function: Callable, params, batches: Iterable, mesh, *, stats=N
     """
     # Each of several processes gets all of what comes out.
     place = {} if distributed.processes() == 1 else {"out_shardings": mesh_lib.replicated(mesh)}
+    offloaded = any(leaf.sharding.memory_kind == mesh_lib.HOST for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
     waiting = collections.deque()
 
     def collect(keep: int):
@@ -114,7 +115,7 @@ def passes(name, function: Callable, params, batches: Iterable, mesh, *, stats=N
     for batch in batches:
         arrays = {k: mesh_lib.put_cells(v, mesh, 0) for k, v in batch.arrays.items()}
         shapes = tuple((k, a.shape) for k, a in sorted(batch.arrays.items()) if k not in ("segments", "positions"))
-        call = compiled((name, mesh, shapes), lambda arrays=arrays: _compile(lower(function, params, arrays, **place)), stats)
+        call = compiled((name, mesh, shapes, offloaded), lambda arrays=arrays: _compile(lower(function, params, arrays, **place)), stats)
         waiting.append((batch, call(params, arrays)))
         yield from collect(keep=2)
     yield from collect(keep=0)

@@ -171,7 +171,7 @@ class _Ladder:
         found = []
         for keys in ({"train": "lora"}, {"optimizer": "adafactor"}, {"param_dtype": "bfloat16", "dtype": "bfloat16"},
                      {"optimizer": "adafactor", "param_dtype": "bfloat16", "dtype": "bfloat16"},
-                     *([{"offload": "optimizer"}] if _has_host_memory() else [])):
+                     *([{"offload": "optimizer"}, {"offload": "params"}] if has_host_memory() else [])):
             config = self.config.copy_and_resolve_references()
             if all(config.get(key, value) == value for key, value in keys.items()) or "train" in keys and "lora" not in config:
                 continue
@@ -229,7 +229,7 @@ def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarra
     Raises:
       UserError: nothing fits; says what would.
     """
-    if config.offload != "none" and not _has_host_memory():
+    if config.offload != "none" and not has_host_memory():
         raise UserError(f"config.offload: {config.offload!r}, but the devices here ({jax.devices()[0].device_kind}) have no pinned memory "
                         "of the host; expected none")
     ladder = _Ladder(config, build, corpus, batches, loss, make_optimizer, kind)
@@ -271,8 +271,9 @@ def fit(config, build: Callable, corpus: feeding.Corpus, batches: list[np.ndarra
                     f"{ladder.describe(least)} needs {show(needs)}{ladder.alternatives(least)}")
 
 
-def _has_host_memory() -> bool:
-    return any(place.kind == train.HOST for place in jax.local_devices()[0].addressable_memories())
+def has_host_memory() -> bool:
+    """Whether arrays can be offloaded from the devices here."""
+    return any(place.kind == mesh_lib.HOST for place in jax.local_devices()[0].addressable_memories())
 
 
 def _compiled_size(program: train.Program, corpus, plan: packing.Plan, ladder: _Ladder, rung: Rung, stats: dict) -> int:
@@ -290,7 +291,7 @@ def _compiled_size(program: train.Program, corpus, plan: packing.Plan, ladder: _
 # --------------------------------------------------------------------------- forward passes
 
 
-def place(model, mesh, *, tokens: int) -> dict[str, int]:
+def place(model, mesh, *, tokens: int, offload: str = "none") -> dict[str, int]:
     """The mesh of a stage that only computes forward passes, of `tokens` on a device: config.mesh, or the fewest devices a replica
     that hold the model. UserError where none does."""
     if not is_open(mesh):
@@ -298,7 +299,8 @@ def place(model, mesh, *, tokens: int) -> dict[str, int]:
     limit, least = exhausted.device_memory(), None
     for sizes in _meshes(mesh, len(jax.devices())):
         shape = packing.Shape(max(tokens // 512, 1), min(512, model.config.max_positions))
-        needs = memory.estimate(model, dict(zip(mesh_lib.AXES, sizes)), shape, slots=2, platform=jax.default_backend()).peak
+        needs = memory.estimate(model, dict(zip(mesh_lib.AXES, sizes)), shape, slots=2, offload=offload,
+                                platform=jax.default_backend()).peak
         if needs <= ROOM * limit:
             return dict(zip(mesh_lib.AXES, sizes))
         least = min(needs, least or needs)

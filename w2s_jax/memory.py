@@ -99,18 +99,21 @@ def estimate(model, mesh: Mapping[str, int], shape: Shape, *, slots: int, optimi
       microbatches: of a step.
       group: steps in one call of the device; their inputs lie there together.
       remat: a key of `models.backbone.REMAT`; None = the model's own.
-      offload: "optimizer": the optimizer's state is on the device during the update alone.
+      offload: "optimizer": the optimizer's state is on the device during the update alone; "params": so are the layers' matrices, but
+        for those of the layer at work and of the next.
       platform: decides attention's implementation where the model leaves it open. On a CPU, XLA holds what is computed in bfloat16
         (activations and gradients, not what lies there between steps) as float32.
     """
     grid = abstract_mesh(mesh)
     shardings, _ = mesh_lib.param_shardings(grid, model.abstract)
-    parameters = sum(_shard_sizes(model.abstract, shardings))
+    lies = _shard_sizes(model.abstract, shardings)
+    away = sum(n for n, (path, _) in zip(lies, mesh_lib.paths(model.abstract)) if mesh_lib.on_host(path, offload))
+    parameters = sum(lies) - away
     inputs = group * microbatches * _FLOAT * (3 * shape.rows * shape.time + 2 * slots)  # tokens, segments, positions; documents, last
     size = _FLOAT if platform == "cpu" else model.compute.dtype.itemsize  # of a number of an activation
     layer = _Layer(model, grid, shape, slots, remat or model.compute.remat, platform, size)
     passed = optimizer is not None and train != "head"  # whether gradients go through the layers
-    weights = _gathered(model, grid, shardings, size) * (2 if passed else 1)
+    weights = max(_gathered(model, grid, shardings, size) * (2 if passed else 1), 2 * away // model.config.layers)
     work, head = layer.backward if passed else layer.forward, _head(model, grid, shape, size, backward=optimizer is not None)
     if optimizer is None:
         return Memory(parameters, 0, inputs, layer=work + weights, head=head)
@@ -123,8 +126,8 @@ def estimate(model, mesh: Mapping[str, int], shape: Shape, *, slots: int, optimi
     kept = layer.kept * model.config.layers if passed else 0
     # Rules of elements work in place; rules of whole tensors hold float32 copies of the largest one.
     update = 3 * max(whole) if OPTIMIZERS[optimizer.name].per_tensor else 0
-    if offload == "optimizer":
-        state, update = 0, update + state
+    if offload != "none":  # all that is updated is there for it
+        state, update = 0, update + state + (away if train == "full" else 0)
     return Memory(parameters, state, inputs, gradients, kept, work + weights, head, update)
 
 

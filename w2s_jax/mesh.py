@@ -19,6 +19,7 @@ from w2s_jax.errors import UserError
 
 AXES = ("data", "fsdp", "model")
 BATCH = ("data", "fsdp")  # the axes that the cells of a batch are spread over
+HOST = "pinned_host"  # the kind of memory that offloaded arrays lie in
 
 # Path regex -> specs of one layer's tensor, tried in order until one divides; none dividing = replicated.
 # Stacked layers get a leading unsharded axis. Kernels are [in, out].
@@ -171,10 +172,19 @@ def _divides(candidate: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
     return True
 
 
-def param_shardings(mesh: Mesh, abstract) -> tuple[dict, list[str]]:
+def on_host(path: str, offload: str) -> bool:
+    """Whether the parameter at `path` lies in the host's memory: of the layers the matrices, with offload="params"."""
+    return offload == "params" and "/layers/" in path and path.endswith("/kernel")
+
+
+def param_shardings(mesh: Mesh, abstract, offload: str = "none") -> tuple[dict, list[str]]:
     """Shardings for a nested dict of parameters, and the paths that fell back to a lesser rule."""
     fallen = [path for path, leaf in paths(abstract) if spec(path, leaf.shape, mesh)[1]]
-    return map_paths(lambda path, leaf: NamedSharding(mesh, spec(path, leaf.shape, mesh)[0]), abstract), fallen
+
+    def place(path, leaf):
+        found = NamedSharding(mesh, spec(path, leaf.shape, mesh)[0])
+        return found.with_memory_kind(HOST) if on_host(path, offload) else found
+    return map_paths(place, abstract), fallen
 
 
 def lesser(model, mesh: Mesh) -> list[str]:

@@ -54,6 +54,7 @@ def page(p: dict, config) -> str:
     s = p["settings"]
     flags = " ".join(f"--config.mesh.{axis}={s[axis]}" for axis in ("data", "fsdp", "model")) + f" --config.remat={s['remat']}"
     flags += f" --config.microbatch_size={s['microbatch_size']}" if s["microbatch_size"] else ""
+    flags += f" --config.offload={config.offload}" if config.offload != "none" else ""
     if not p["fits"]:
         needs = f"{p['needed'] / GIB:.1f} GiB" if p["needed"] else "more than that"
         mesh, remat, size = _settings(s)
@@ -72,6 +73,9 @@ def page(p: dict, config) -> str:
             ("memory used", peak, f"GiB of {p['memory_of_chip'] / GIB:.1f} ({peak * GIB / p['memory_of_chip']:.0%})"),
             ("FLOPs a step", (cost["flops"] + cost["attention_flops"]) / 1e12, "T"), ("memory traffic a step", cost["bytes"] / GB, "GB"),
             ("sent to other chips a step", sum(x["bytes"] for x in cost["collectives"]) / GB, "GB")]
+    if p["host_traffic"]:
+        rows += [("in the host's memory", sum(c["host"].values()) / GIB, "GiB"),
+                 ("from and to the host a step", p["host_traffic"] / GB, "GB, over a link whose time is not in what follows")]
     lines += [f"Settings: `{flags}`", "", "| a chip | | |", "|---|---:|---|", *(f"| {a} | {b:.3g} | {unit} |" for a, b, unit in rows), ""]
     if cost["collectives"]:
         lines += ["| collectives a step | chips | times | GB sent |", "|---|---:|---:|---:|"]

@@ -19,6 +19,7 @@ import numpy as np
 from w2s_jax import checkpoint as ckpt
 from w2s_jax import distributed, interrupts, losses, optimizers, selection
 from w2s_jax import mesh as mesh_lib
+from w2s_jax.constraints import fetched
 from w2s_jax.data import packing
 from w2s_jax.errors import UserError
 from w2s_jax.feeding import Corpus
@@ -27,7 +28,6 @@ from w2s_jax.progress import Progress, say
 from w2s_jax.trainable import merge_params, split_params
 
 CELLS = 2  # axis of the cells in the arrays of a dispatch: [group, microbatches, cells, ...]
-HOST = "pinned_host"  # the kind of memory that offloaded state lies in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,34 +39,37 @@ class Program:
     optimizer: optimizers.Optimizer
     mesh: jax.sharding.Mesh
     train: str = "full"
-    offload: str = "none"  # "optimizer": the optimizer's state lies in the host's memory between updates
-
-    def shardings(self) -> dict:
-        """Shardings of `trainable`, `frozen` and `opt_state`."""
-        whole, _ = mesh_lib.param_shardings(self.mesh, self.model.abstract)
-        trainable, frozen = split_params(whole, self.train)
-        abstract, _ = split_params(self.model.abstract, self.train)
-        return {"trainable": trainable, "frozen": frozen, "opt_state": self.stored(self.optimizer.state_shardings(abstract, trainable))}
-
-    def stored(self, places):
-        """Where the optimizer's state lies between updates, from where it is worked on; scalars stay on the device."""
-        if self.offload == "none":
-            return places
-        return jax.tree.map(lambda place, leaf: place.with_memory_kind(HOST) if leaf.ndim else place, places, self._state)
+    offload: str = "none"  # what lies in the host's memory: "optimizer": its state, between updates; "params": the layers' matrices too
 
     @functools.cached_property
-    def _state(self):
-        return jax.eval_shape(self.optimizer.init, split_params(self.model.abstract, self.train)[0])
+    def _places(self) -> dict:
+        """Where it is all worked on: shardings of `trainable` and `opt_state`."""
+        abstract, _ = split_params(self.model.abstract, self.train)
+        trainable, _ = split_params(mesh_lib.param_shardings(self.mesh, self.model.abstract)[0], self.train)
+        return {"trainable": trainable, "opt_state": self.optimizer.state_shardings(abstract, trainable)}
+
+    @functools.cached_property
+    def _stored(self) -> dict:
+        """Where it lies between steps: shardings of `trainable`, `frozen` and `opt_state`, of which scalars stay on the device."""
+        trainable, frozen = split_params(mesh_lib.param_shardings(self.mesh, self.model.abstract, self.offload)[0], self.train)
+        state = self._places["opt_state"]
+        if self.offload != "none":
+            shapes = jax.eval_shape(self.optimizer.init, split_params(self.model.abstract, self.train)[0])
+            state = jax.tree.map(lambda place, leaf: place.with_memory_kind(mesh_lib.HOST) if leaf.ndim else place, state, shapes)
+        return {"trainable": trainable, "frozen": frozen, "opt_state": state}
+
+    def shardings(self) -> dict:
+        """Shardings of `trainable`, `frozen` and `opt_state` between steps."""
+        return self._stored
 
     def update(self, grads, opt_state, trainable, lr):
-        """The optimizer's update, its state brought in from the host and back where it is offloaded."""
+        """The optimizer's update; what is offloaded is brought in from the host and back."""
         if self.offload == "none":
             return self.optimizer.update(grads, opt_state, trainable, lr)
-        abstract, _ = split_params(self.model.abstract, self.train)
-        whole, _ = mesh_lib.param_shardings(self.mesh, self.model.abstract)
-        places = self.optimizer.state_shardings(abstract, split_params(whole, self.train)[0])
-        trainable, opt_state = self.optimizer.update(grads, jax.device_put(opt_state, places), trainable, lr)
-        return trainable, jax.device_put(opt_state, self.stored(places))
+        at, back = self._places, self._stored
+        grads, trainable = (jax.device_put(tree, at["trainable"]) for tree in (grads, trainable))
+        trainable, opt_state = self.optimizer.update(grads, jax.device_put(opt_state, at["opt_state"]), trainable, lr)
+        return jax.device_put(trainable, back["trainable"]), jax.device_put(opt_state, back["opt_state"])
 
 
 def _logits(program: Program, trainable, frozen, batch, key):
@@ -93,7 +96,7 @@ def _gradients(program: Program, trainable, frozen, loss_state, x, key):
         return value, logits, state, grads
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), trainable)
-    add = functools.partial(jax.tree.map, lambda a, g: a + g.astype(a.dtype))
+    add = functools.partial(jax.tree.map, lambda a, g: a + fetched(g).astype(a.dtype))
     if program.loss.per_document:  # one forward: a document's gradient does not depend on the others
         def body(carry, part):
             total, grads = carry

@@ -219,7 +219,7 @@ def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
     folder = hub.resolve(config.model, config.revision)
     model = build(config, folder, head)
     mesh = _mesh(config, model)
-    shardings, _ = mesh_lib.param_shardings(mesh, model.abstract)
+    shardings = _shardings(config, mesh, model)
     params = models.load(folder, model, shardings, jax.random.key(seed))
     if head == "classifier" and config.head_init == "unembedding":
         params["head"]["kernel"] = mesh_lib.put(_unembedding(config, model, folder), params["head"]["kernel"].sharding)
@@ -230,7 +230,17 @@ def open_model(config, *, head: str = "classifier", seed: int = 0) -> Loaded:
 
 def _mesh(config, model) -> jax.sharding.Mesh:
     """config.mesh on the devices here; where it is left open, one that serves forward passes."""
-    return mesh_lib.make_mesh(ladder.place(model, config.mesh, tokens=FORWARD_TOKENS.get(jax.default_backend(), _FORWARD_TOKENS)))
+    tokens = FORWARD_TOKENS.get(jax.default_backend(), _FORWARD_TOKENS)
+    return mesh_lib.make_mesh(ladder.place(model, config.mesh, tokens=tokens, offload=_offload(config)))
+
+
+def _offload(config) -> str:
+    """What of a model lies in the host's memory; a run's checkpoint may be read where there is none to lie in."""
+    return config.get("offload", "none") if ladder.has_host_memory() else "none"
+
+
+def _shardings(config, mesh, model) -> dict:
+    return mesh_lib.param_shardings(mesh, model.abstract, _offload(config))[0]
 
 
 def _unembedding(config, model: models.Model, folder: hub.Folder) -> np.ndarray:
@@ -261,7 +271,7 @@ def restore(source: runlog.LoadedRun, config=None) -> Loaded:
         folder = hub.resolve(trained.model, revision)
         model = build(config, folder)
         mesh = _mesh(config, model)
-        shardings, _ = mesh_lib.param_shardings(mesh, model.abstract)
+        shardings = _shardings(config, mesh, model)
         wanted, rest = train.split_params(model.abstract, trained.train)
         params, _ = checkpoints.restore(steps[0], ckpt.abstract(wanted, train.split_params(shardings, trained.train)[0]))
         if rest:

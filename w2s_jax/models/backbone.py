@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from w2s_jax.constraints import spread
+from w2s_jax.constraints import fetched, spread
 from w2s_jax.models.architecture import Architecture
 from w2s_jax.models.attention import angles, attend, check, prepare, rotate
 from w2s_jax.models.dropout import ADAPTERS, ATTENTION, EMBEDDING, MLP, dropout, token_keys
@@ -268,6 +268,6 @@ class Backbone(nnx.Module):
         turns = angles(positions, arch.kinds)
 
         def body(x, layer, index, kind):
-            return spread(layer(x, plan, turns, index, kind, keys))
+            return spread(fetched(layer)(x, plan, turns, index, kind, keys))
 
         return x, body, jnp.asarray(arch.kind_of or (0,) * arch.layers)

@@ -130,7 +130,7 @@ class _Point:
         at, train = self._layout(settings), self.config.train if self.program else None
         found = memory.estimate(self.model, settings.mesh, at["shape"], slots=at["slots"], train=self.config.train, group=at["group"],
                                 optimizer=self.program.optimizer if self.program else None, microbatches=at["microbatches"],
-                                remat=settings.remat, platform=self.platform)
+                                remat=settings.remat, offload=self.config.offload, platform=self.platform)
         work = costs.work(self.model, settings, at["shape"], microbatches=at["microbatches"], train=train,
                           per_document=self.program.loss.per_document if self.program else True)
         return {"needed": found.peak, "parts": found.parts(), "times": self._times(work, settings), "work": work}
@@ -229,10 +229,14 @@ class _Point:
         steps, epochs = compiled["steps"], self.config.epochs if self.program else 1
         return self._common() | {
             "fits": True, "settings": dataclasses.asdict(settings), "changed": changed, "compiled": compiled,
-            "estimate": self.estimate(settings)["needed"],
+            "estimate": self.estimate(settings)["needed"], "host_traffic": self._host_traffic(compiled),
             "times": dataclasses.asdict(times) | {"bound": times.bound}, "step_seconds": step, "step_seconds_serial": serial,
             "tokens_per_second": compiled["useful"] / (steps * step), "run_seconds": steps * step, "epoch_seconds": steps * step / epochs,
             "utilisation": 0.0 if not step else times.compute * share * self.config.utilisation / step}
+
+    def _host_traffic(self, compiled: dict) -> int:
+        train, per_document = (self.config.train, self.program.loss.per_document) if self.program else (None, True)
+        return costs.host_traffic(compiled["host"], microbatches=compiled["microbatches"], train=train, per_document=per_document)
 
     def _refused(self, limit: int) -> dict:
         """Nothing fits: what the smallest setting needs, and the smallest larger slice that has a setting by arithmetic."""

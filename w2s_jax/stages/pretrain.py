@@ -144,7 +144,7 @@ def _build(config, shape: models.Architecture) -> models.Model:
 
 def _parameters(config, model, mesh, source: hub.Folder | None) -> tuple[dict, list[str]]:
     """The parameters on their mesh, random or the checkpoint's, and those that fell back to a lesser sharding."""
-    shardings, _ = mesh_lib.param_shardings(mesh, model.abstract)
+    shardings, _ = mesh_lib.param_shardings(mesh, model.abstract, config.offload)
     if source:
         params = models.load(source, model, shardings)
     else:
