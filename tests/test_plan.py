@@ -133,6 +133,8 @@ def test_candidates_keep_to_what_is_given(model):
     given = costs.candidates(config(model, mesh__fsdp=4, remat="dots", microbatch_size=8), network, 8)
     assert {(s.fsdp, s.remat, s.microbatch_size) for s in given} == {(4, "dots", 8)}
     assert not costs.candidates(config(model, batch_size=2, n_train=2, mesh__data=8), network, 8)  # more places than documents
+    assert {s.model for s in costs.candidates(config(model, mesh__model=8), network, 8)} == {8}  # asked for, though heads do not divide
+    assert {s.model for s in costs.candidates(config(model, batch_size=1, n_train=1), network, 8)} == {8}  # nothing else is left
 
 
 # --------------------------------------------------------------------------- compiling ahead of time

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from w2s_jax import chips
 from w2s_jax import mesh as mesh_lib
@@ -164,14 +165,17 @@ def host_traffic(host: dict, *, microbatches: int, train: str | None, per_docume
     return moved + (host["parameters"] * (2 * microbatches + 2) if train == "full" else 0)
 
 
-def meshes(devices: int, model, most: int) -> list[dict[str, int]]:
-    """Meshes over all devices: with at most `most` cells (a batch has no more documents), tensors split as heads of both kinds and MLP
-    divide: attention whose heads do not divide is computed whole on every device."""
+def meshes(devices: int, model, most: int, given: Mapping[str, int]) -> list[dict[str, int]]:
+    """Meshes over all devices: with at most `most` cells (a batch has no more documents), axes as they are `given` (0 = open), tensors
+    split as heads of both kinds and MLP divide. Only where there is no such mesh are they split as they do not: attention whose heads
+    do not divide is computed whole on every device."""
     c, out = model.config, []
-    for split in (s for s in range(1, devices + 1) if devices % s == 0 and not any(n % s for n in (c.heads, c.kv_heads, c.mlp))):
-        cells = devices // split
-        if cells <= most:
+    for sizes in ((c.heads, c.kv_heads, c.mlp), (c.mlp,), ()):
+        for split in (s for s in range(1, devices + 1) if devices % s == 0 and devices // s <= most and not any(n % s for n in sizes)):
+            cells = devices // split
             out += [{"data": cells // fsdp, "fsdp": fsdp, "model": split} for fsdp in range(1, cells + 1) if cells % fsdp == 0]
+        if out := [mesh for mesh in out if all(given[axis] in (0, mesh[axis]) for axis in mesh_lib.AXES)]:
+            break
     return out
 
 
@@ -185,9 +189,7 @@ def candidates(config, model, devices: int) -> list[Settings]:
     if config.what == "label":
         policies = ("none",) if config.remat == "auto" else policies
     out = []
-    for mesh in meshes(devices, model, batch if config.what == "train" else devices):
-        if any(config.mesh[axis] not in (0, mesh[axis]) for axis in mesh_lib.AXES):
-            continue
+    for mesh in meshes(devices, model, batch if config.what == "train" else devices, config.mesh):
         sizes = [config.microbatch_size]
         if config.what == "train" and not config.microbatch_size:
             sizes += [batch // n for n in (2, 4, 8, 16, 32) if batch % n == 0 and batch // n >= mesh["data"] * mesh["fsdp"]]

@@ -101,7 +101,7 @@ class _Point:
         self.options = costs.candidates(config, self.model, topology.devices)
         if not self.options:
             raise UserError(f"config.mesh: {dict(config.mesh)} is no mesh over the {topology.devices} chips of {topology} for batches of "
-                            f"{config.batch_size} and {config.model}; data x fsdp is at most the batch, model divides heads and MLP")
+                            f"{config.batch_size}; expected data x fsdp of at most the batch, and all three together the number of chips")
         self.texts = ahead.corpus(self.config, self.model)
         self.program = ahead.program(self.config, self.model, None) if config.what == "train" else None
         self.plans: dict = {}
