@@ -17,6 +17,8 @@ from w2s_jax.config import shipped
 from w2s_jax.data import world
 from w2s_jax.models import writing
 
+pytestmark = pytest.mark.slow  # minutes together
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 from w2s_jax import models
 from w2s_jax.models import weights
 
+pytestmark = pytest.mark.slow  # minutes together
+
 LENGTHS = (9, 1, POSITIONS, 5, 2)  # one of maximal length, longer than every window
 TIME = POSITIONS + 4
 # cell -> row -> (place in the row, document): padding on both sides, two or more documents in a row, an empty cell.

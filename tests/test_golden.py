@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from w2s_jax import main
 
+pytestmark = pytest.mark.slow  # minutes together
+
 CASES = 11
 LOSSES = {"logconf": "logconf_openai"}
 OPTIMIZERS = {"adafactor": "adafactor_openai"}

@@ -22,6 +22,8 @@ from w2s_jax.errors import UserError
 from w2s_jax.models import FAMILIES, Lora
 from w2s_jax.models import lora as lora_lib
 
+pytestmark = pytest.mark.slow  # minutes together
+
 task = test_export.task  # a fixture
 LORA = Lora(4, 8.0, 0.0, "all-linear", False)
 KEYS = {"train": "lora", "lora__rank": 4, "lora__alpha": 8.0}

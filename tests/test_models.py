@@ -16,6 +16,8 @@ from w2s_jax.errors import UserError
 from w2s_jax.models import heads
 from w2s_jax.models.backbone import REMAT
 
+pytestmark = pytest.mark.slow  # minutes together
+
 RAW = {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 80, "n_positions": 24,
        "initializer_range": 0.3}
 LENGTHS = (9, 1, 24, 5, 2)

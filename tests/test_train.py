@@ -16,7 +16,7 @@ from w2s_jax import mesh as mesh_lib
 from w2s_jax.config import LOSS_ARGS
 from w2s_jax.data import packing
 
-pytestmark = pytest.mark.usefixtures("fast_compiles")
+pytestmark = [pytest.mark.usefixtures("fast_compiles"), pytest.mark.slow]
 
 STEPS, BATCH = 3, 13
 TOLERANCE = 1e-5

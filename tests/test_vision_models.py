@@ -23,6 +23,8 @@ from w2s_jax import optimizers, train
 from w2s_jax.models import vision, weights
 from w2s_jax.models.vision import names, reading, resizing
 
+pytestmark = pytest.mark.slow  # minutes together
+
 CELLS, SLOTS = 2, 2
 
 

@@ -23,7 +23,7 @@ from w2s_jax.errors import UserError
 from w2s_jax.models.vision.config import MEAN, STD
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.usefixtures("fast_compiles")
+pytestmark = [pytest.mark.usefixtures("fast_compiles"), pytest.mark.slow]
 STEPS = 8
 
 
