@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every test: bash launch/test.sh [pytest's arguments]
 #
-# Without arguments the test files are shared out to processes, one a core (W2S_TEST_WORKERS), up to 4: each takes 2 to 3 GB.
+# The test files are shared out to processes, one a core up to 4 (each takes 3 to 4 GB); W2S_TEST_WORKERS says how many, 0 = none but this.
 # Makes .venv if there is none (or uses the active environment), installs what is needed, then ruff and pytest.
 # With CI=true or W2S_ALL_PYTHONS=1 the quick tests also run on the oldest and the newest supported Python found here.
 # SLURM's tests run where it is installed; with CI=true or W2S_SLURM=1 Debian's is installed where that can be done (root, apt).
@@ -47,7 +47,6 @@ status=0
 "$PYTHON" -m ruff check . || status=1
 cores="$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')"
 workers=(-n "${W2S_TEST_WORKERS:-$((cores < 4 ? cores : 4))}" --dist loadfile)
-if [ $# -gt 0 ]; then workers=(); fi
 "$PYTHON" -m pytest "${workers[@]}" "$@" || status=1
 
 if [ "${CI:-}" = true ] || [ "${W2S_ALL_PYTHONS:-}" = 1 ]; then
