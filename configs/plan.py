@@ -3,7 +3,7 @@
     python -m w2s_jax.main --config=configs/plan.py:model=Qwen/Qwen-72B,topology=v5p:4x4x8 --workdir=runs/plan-72b
     python -m w2s_jax.main --config=configs/plan.py:table --workdir=runs/plan-table
 
-For a slice of TPUs the TPU's own compiler does it, on a machine that has none (`pip install 'w2s_jax[plan]'`); for GPUs (`topology=h100:8`)
+For a slice of TPUs the TPU's own compiler does it, on a machine that has none (`pip install libtpu`); for GPUs (`topology=h100:8`)
 the figures are an estimate. Only a model's config.json is needed, never its weights: from a folder, the hub or its cache, else from
 configs/shapes/. What is left open (mesh axes 0, remat auto) is chosen: the fastest setting that fits; where the settings given do not
 fit, the nearest that do are compiled too. Writes results.json and plan.md, and prints it. `:table` is the table of the README, made
@@ -63,7 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Prediction
     c.utilisation = 0.4  # share of the peak FLOP/s that matrix products reach
-    c.compiles = 3  # compilations that one plan may take until something fits
+    c.compiles = 3  # compilations until something fits: of what is given, and again of what is near to it
 
     if arg == "runlocal":
         c.topology, c.n_train, c.epochs, c.batch_size, c.model = "v5e:2x2", 256, 1, 16, "runs/runlocal/model"

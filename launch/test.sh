@@ -25,18 +25,18 @@ for name in "${extra[@]}"; do
   esac
 done
 w2s_install "$PYTHON" "${packages[@]}"
-if [ "${W2S_TORCH:-1}" = 1 ] && ! "$PYTHON" -c 'import torch' >/dev/null 2>&1; then
+if [ "${W2S_TORCH:-1}" = 1 ] && [ "${W2S_INSTALL:-1}" != 0 ] && ! "$PYTHON" -c 'import torch' >/dev/null 2>&1; then
   echo "installing $torch (CPU)" >&2
   # The CPU build sorts above PyPI's CUDA build, where its index can be reached.
   "$PYTHON" -m pip install --quiet --retries 1 --timeout 30 --extra-index-url https://download.pytorch.org/whl/cpu "$torch" ||
     echo "no PyTorch: the tests that compare with it will skip" >&2
 fi
-if "$PYTHON" -c 'import torch' >/dev/null 2>&1 && ! "$PYTHON" -c 'import peft' >/dev/null 2>&1; then
+if [ "${W2S_INSTALL:-1}" != 0 ] && "$PYTHON" -c 'import torch' >/dev/null 2>&1 && ! "$PYTHON" -c 'import peft' >/dev/null 2>&1; then
   "$PYTHON" -m pip install --quiet --retries 1 --timeout 30 --no-deps "${on_torch[@]}" ||
     echo "no peft: the tests that compare with it will skip" >&2
 fi
 
-if { [ "${CI:-}" = true ] || [ "${W2S_SLURM:-}" = 1 ]; } && ! command -v sbatch >/dev/null && [ "$(id -u)" = 0 ] &&
+if [ "${W2S_INSTALL:-1}" != 0 ] && { [ "${CI:-}" = true ] || [ "${W2S_SLURM:-}" = 1 ]; } && ! command -v sbatch >/dev/null && [ "$(id -u)" = 0 ] &&
   command -v apt-get >/dev/null; then
   echo "installing slurm-wlm and munge" >&2
   { timeout 300 apt-get -qq update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -qq install -y slurm-wlm munge; } >/dev/null 2>&1 ||

@@ -62,8 +62,13 @@ call() {
 
 ssh_all() { call tpu-vm ssh "$name" "${common[@]}" "${reach[@]}" --worker=all --command="$1"; }
 
-state() { # of the TPU VM; nothing where there is none
-  [ -n "$dry" ] || gcloud compute tpus tpu-vm describe "$name" "${common[@]}" --format='value(state)' 2>/dev/null || true
+folder="$(mktemp -d)"
+
+# describe KIND FIELD: what gcloud says of the thing of this name; nothing where there is none.
+describe() {
+  [ -z "$dry" ] || return 0
+  gcloud compute tpus "$1" describe "$name" "${common[@]}" --format="value($2)" 2>"$folder/problem" ||
+    grep -qi 'not_found\|not found' "$folder/problem" || w2s_fail "gcloud: $(tail -n 1 "$folder/problem")"
 }
 
 remove() {
@@ -75,17 +80,30 @@ remove() {
 }
 
 make() {
-  [ -n "$type" ] && [ -n "$version" ] || there="" # nothing to delete
-  [ -n "$type" ] && [ -n "$version" ] || w2s_fail "--name=$name: there is no such TPU VM in $zone; expected --type and --version to make it"
-  create+=(--accelerator-type="$type")
-  if [ -z "$queued" ]; then
-    call tpu-vm create "$name" "${common[@]}" "${create[@]}" --version="$version"
-    return
-  fi
-  call queued-resources create "$name" "${common[@]}" "${create[@]}" --node-id="$name" --runtime-version="$version"
   local now="" last=""
+  if [ -n "$queued" ]; then # it may have been asked for before
+    now="$(describe queued-resources state.state)"
+    case "$now" in
+      FAILED | SUSPENDED) # as it is once its slice was taken away
+        echo "the queued resource $name is $now: made anew" >&2
+        remove
+        now=""
+        ;;
+    esac
+  fi
+  if [ -z "$now" ]; then
+    [ -n "$type" ] && [ -n "$version" ] || w2s_fail "--name=$name: there is no such TPU VM in $zone; expected --type and --version to make it"
+    create+=(--accelerator-type="$type")
+    there=yes
+    if [ -z "$queued" ]; then
+      call tpu-vm create "$name" "${common[@]}" "${create[@]}" --version="$version"
+      return
+    fi
+    call queued-resources create "$name" "${common[@]}" "${create[@]}" --node-id="$name" --runtime-version="$version"
+  fi
+  there=yes
   while [ -z "$dry" ]; do
-    now="$(gcloud compute tpus queued-resources describe "$name" "${common[@]}" --format='value(state.state)')"
+    now="$(describe queued-resources state.state)"
     if [ "$now" != "$last" ]; then echo "$(date +%T) queued resource $name: $now" >&2; fi
     last="$now"
     case "$now" in
@@ -96,11 +114,11 @@ make() {
   done
 }
 
-archive="$(mktemp -d)/w2s_jax.tar.gz"
+archive="$folder/w2s_jax.tar.gz"
 there="" running=""
 # shellcheck disable=SC2329 # a trap calls it
 end() {
-  rm -rf "$(dirname "$archive")"
+  rm -rf "$folder"
   if [ -n "$delete" ] && [ -n "$there" ]; then remove || echo "error: $name was not deleted, and goes on to cost" >&2; fi
 }
 # shellcheck disable=SC2329
@@ -116,19 +134,15 @@ stop() {
 trap end EXIT
 trap stop INT TERM
 
-found="$(state)"
+found="$(describe tpu-vm state)"
 case "$found" in
   READY) echo "using the TPU VM $name" >&2 ;;
   PREEMPTED | TERMINATED) # a spot slice that was taken away has to go before another can have its name
     echo "the TPU VM $name is $found: made anew" >&2
     remove
-    there=yes
     make
     ;;
-  "")
-    there=yes
-    make
-    ;;
+  "") make ;;
   *) w2s_fail "--name=$name: the TPU VM is $found, expected READY" ;;
 esac
 there=yes

@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 case "${1:-}" in -h | --help) w2s_usage "${BASH_SOURCE[0]}"; exit ;; esac
-if [ "${1:-}" = --install ] && ! w2s_find python3.11 python3.12 python3.13 python3 >/dev/null; then
+if [ "${1:-}" = --install ] && [ "${W2S_INSTALL:-1}" != 0 ] && ! w2s_find python3.11 python3.12 python3.13 python3 >/dev/null; then
   sudo apt-get -qq update && sudo apt-get -qq install -y python3.11-venv >/dev/null
 fi
 w2s_env

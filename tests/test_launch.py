@@ -32,11 +32,11 @@ if words[0] == "sbatch":
     print(41)
 state = folder / "-".join(["states", *words[3:4]])  # what is described, one state after the other
 if "describe" in words:
-    states = state.read_text().split() if state.exists() else []
-    if not states:
-        sys.exit("ERROR: NOT_FOUND")
-    print(states[0])
+    states = state.read_text().split() if state.exists() else ["NOT_FOUND"]
     state.write_text(" ".join(states[1:] or states))
+    if not states[0].isupper() or states[0] == "NOT_FOUND":
+        sys.exit("ERROR: (gcloud) " + states[0])
+    print(states[0])
 if os.environ.get("HANG") and any("tpu_worker.sh --config" in word for word in words):
     while not (folder / "told").exists():
         time.sleep(0.05)
@@ -215,19 +215,37 @@ def test_a_slice_that_was_taken_away_is_made_anew(recorder, tmp_path):
 
 
 def test_a_queued_resource_is_waited_for(recorder, tmp_path):
-    (tmp_path / "states-queued-resources").write_text("WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
+    (tmp_path / "states-queued-resources").write_text("NOT_FOUND WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
     done = tpu(recorder, "--queued", "--delete", "--type=v5litepod-16", "--version=v2-alpha-tpuv5-lite")
     assert done.returncode == 0, done.stderr
     calls = without_scp(recorder.calls())
-    assert calls[1] == ["gcloud", *TPU, "queued-resources", "create", "n", *WHERE, "--accelerator-type=v5litepod-16", "--node-id=n",
+    asked = ["gcloud", *TPU, "queued-resources", "describe", "n", *WHERE, "--format=value(state.state)"]
+    assert calls[1] == asked
+    assert calls[2] == ["gcloud", *TPU, "queued-resources", "create", "n", *WHERE, "--accelerator-type=v5litepod-16", "--node-id=n",
                         "--runtime-version=v2-alpha-tpuv5-lite"]
-    assert calls[2:5] == [["gcloud", *TPU, "queued-resources", "describe", "n", *WHERE, "--format=value(state.state)"]] * 3
+    assert calls[3:6] == [asked] * 3
     assert calls[-1] == ["gcloud", *TPU, "queued-resources", "delete", "n", *WHERE, "--force"]
     assert "queued resource n: PROVISIONING" in done.stderr
 
 
+@pytest.mark.parametrize("states, done", [
+    ("WAITING_FOR_RESOURCES ACTIVE", []), ("SUSPENDED ACTIVE", ["delete", "create"]), ("ACTIVE ACTIVE", [])])
+def test_a_queued_resource_that_was_asked_for_before(recorder, tmp_path, states, done):
+    """The same command goes on: it waits for what is queued still, and asks anew where a spot slice was taken away."""
+    (tmp_path / "states-queued-resources").write_text(states)
+    assert tpu(recorder, "--queued", "--type=t", "--version=v").returncode == 0
+    assert [call[4] for call in without_scp(recorder.calls()) if call[4] not in ("describe", "ssh")] == done
+
+
+def test_what_else_gcloud_says_is_said_and_deletes_nothing(recorder, tmp_path):
+    (tmp_path / "states-tpu-vm").write_text("no_active_account")
+    done = tpu(recorder, "--type=t", "--version=v", "--delete")
+    assert done.returncode == 2 and done.stderr == "error: gcloud: ERROR: (gcloud) no_active_account\n"
+    assert [call[4] for call in recorder.calls()] == ["describe"]
+
+
 def test_a_failed_queued_resource(recorder, tmp_path):
-    (tmp_path / "states-queued-resources").write_text("FAILED")
+    (tmp_path / "states-queued-resources").write_text("NOT_FOUND FAILED")
     done = tpu(recorder, "--queued", "--type=t", "--version=v")
     assert done.returncode == 2 and "queued resource n: FAILED" in done.stderr
 

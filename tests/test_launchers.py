@@ -2,11 +2,14 @@
 
 import contextlib
 import http.server
+import json
+import socket
 import threading
+import time
 
 import pytest
 
-from w2s_jax import launchers
+from w2s_jax import launchers, rollcall
 from w2s_jax.errors import UserError
 from w2s_jax.launchers import LOOPBACK
 
@@ -74,6 +77,7 @@ BAD = {
     "no coordinator": ({"process_id": 0, "num_processes": 2}, {}, "--coordinator: is missing"),
     "no port": ({"coordinator": "h", "num_processes": 2, "process_id": 0}, {}, "--coordinator=h: expected host:port"),
     "number too large": ({"coordinator": "h:1", "num_processes": 2, "process_id": 2}, {}, "process 2 of 2, expected a number from 0 to 1"),
+    "no processes": ({"coordinator": "h:1", "num_processes": 0, "process_id": 0}, {}, "0 processes, expected 1 or more"),
     "asked for nothing": ({"distributed": True}, {}, "--distributed: nothing says which process this is"),
     "coordinator of nobody": ({"coordinator": "h:1"}, {}, "--coordinator=h:1: nothing says which process this is"),
     "no number": ({}, SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID=x: expected a number"),
@@ -89,6 +93,17 @@ def test_what_does_not_fit_gets_one_line(name):
     with pytest.raises(UserError) as error:
         launchers.detect(NONE | flags, environ)
     assert message in str(error.value)
+
+
+def test_what_process_0_says_behind_the_roll_call_is_kept():
+    """It may decide before another process has read that all are there: in one piece, both are heard."""
+    job = launchers.detect(NONE | {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 1}, {})
+    here, there = socket.socketpair()
+    with here, there:
+        words = {"seen": job.token, "host": "h", "pid": 1}, {"complete": True}, {"said": 1}, {"bye": True}
+        there.sendall(b"".join(json.dumps(word).encode() + b"\n" for word in words))
+        peer = rollcall.Peer(0, here, "", 0)
+        assert rollcall._answered(job, peer, time.monotonic() + 9) and peer.early == [{"said": 1}, {"bye": True}]
 
 
 @pytest.mark.parametrize("nodes, first", [

@@ -60,6 +60,8 @@ BAD = {
     "text for a placeholder": ("F W --config.loss_args.alpha=z", '=z: expected a number'),
     "text for a switch": ("F W --config.balance=maybe", '=maybe: expected true or false'),
     "number for a group of keys": ("F W --config.mesh=3", 'config.mesh=3'),
+    "axis twice": ("F W --config.mesh=data=2,data=4", 'config.mesh=data=2,data=4: expected auto, the sizes of data, fsdp, model'),
+    "folder that cannot be": ("--config=sweep:runlocal --workdir=/proc/nope", '--workdir=/proc/nope: cannot be made'),
     "flag without a value": ("F W --config.seed", 'config.seed'),
     "switch": ("F W --rerun=perhaps", '--rerun=perhaps: expected true or false'),
     "unknown loss": ("F W --config.loss=xnt", "config.loss: 'xnt', expected one of xent"),

@@ -18,7 +18,7 @@ from w2s_jax.stages import plan as plan_lib
 
 pytestmark = pytest.mark.slow  # minutes together
 
-TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler: pip install 'w2s_jax[plan]'")
+TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler: pip install libtpu")
 PARAMETERS = {  # of the language models, as their authors publish them
     "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
     "Qwen/Qwen-1_8B": 1_836_828_672, "Qwen/Qwen-7B": 7_721_324_544, "Qwen/Qwen-14B": 14_167_290_880, "Qwen/Qwen-72B": 72_287_920_128,
@@ -215,12 +215,23 @@ def test_a_plan_for_gpus(tmp_path, model, capsys, monkeypatch, keys):
     assert math.prod(found["settings"][axis] for axis in ("data", "fsdp", "model")) == 4
     page = (tmp_path / "plan" / "plan.md").read_text()
     assert page in capsys.readouterr().out and "an ESTIMATE" in page and "| parameters |" in page
-    assert f"--config.remat={found['settings']['remat']}" in page
+    assert (f"--config.remat={found['settings']['remat']}" in page) == ("what" not in keys)  # a run's own, for labels
+    assert found["step_seconds"] == max(found["times"][part] for part in ("compute", "memory", "interconnect"))
     assert ("from and to the host a step" in page) == ("--config.offload=params" in page) == ("offload" in keys)
     monkeypatch.setattr(ahead, "compile_point", lambda point: pytest.fail("compiled again"))
     assert stages.run(asked, tmp_path / "plan") == results
     (tmp_path / "plan" / "results.json").unlink()
     assert stages.run(asked, tmp_path / "plan")["points"] == results["points"]
+
+
+def test_labelling_plans_take_the_mesh_that_labels_most_a_second(model):
+    """A pass is as large as the mesh's places, so that seconds a pass would rank the mesh of fewest places first."""
+    asked = config(model, topology="h100:4", what="label", lengths="32", n_train=4096)
+    found = plan_lib._Point(asked, json.loads(open(f"{model}/config.json").read()), chips.topology("h100:4"))
+    found._compile = lambda settings, estimate: {"fits": True, "needed": 1}
+    settings, _ = found._first(found.options, 2**40, 1)
+    assert settings.mesh == {"data": 4, "fsdp": 1, "model": 1}
+    assert len(found.plans) == len({tuple(s.mesh.values()) for s in found.options})
 
 
 def with_memory(monkeypatch, size: float):

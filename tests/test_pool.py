@@ -159,6 +159,25 @@ def test_a_signal_stops_every_process_and_lets_it_save(runs, number, error):
     assert not made.running and signal.getsignal(number) == handler
 
 
+def test_a_signal_while_runs_are_started_starts_no_more_and_reaches_those_that_are(runs, monkeypatch):
+    save = "def save(*_):\n    note('saved')\n    sys.exit(75)\nsignal.signal(signal.SIGTERM, save)\nnote('ready')\ntime.sleep(60)"
+    for name in "ab":
+        runs.add(name, code=save)
+    real = pool.subprocess.Popen
+
+    def popen(*args, **kwargs):
+        process = real(*args, **kwargs)
+        while not (runs.root / "notes").exists() or ("ready", "a") not in runs.notes():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(pool.subprocess, "Popen", popen)
+    with pytest.raises(interrupts.Stopped):
+        runs.pool().run()
+    assert runs.notes() == [("begin", "a"), ("ready", "a"), ("saved", "a")]
+
+
 # --------------------------------------------------------------------------- what a process sees
 
 

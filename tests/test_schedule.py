@@ -310,6 +310,20 @@ def test_a_machine_without_slurm(graph, monkeypatch, tmp_path):
     assert not Path(graph.root).exists()
 
 
+def test_what_is_redone_goes_only_when_it_is_submitted(graph, recorder, monkeypatch):
+    """And what is in the queue already keeps what it has."""
+    begun = []
+    config = tiny.set_keys(shipped("sweep"))
+    again = lambda: slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), need(graph), config,  # noqa: E731
+                                 stages.SEVERAL, begin=begun.append)
+    again()
+    assert begun == [list(graph.nodes)]
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="no sbatch on PATH"):
+        again()
+    assert len(begun) == 1
+
+
 def test_a_dry_run_submits_nothing(graph, capsys):
     config = shipped("sweep")
     slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), need(graph), config, stages.SEVERAL, dry_run=True)

@@ -128,7 +128,7 @@ def labelling_batches(config, model, texts, settings: Settings, chip: chips.Chip
     tokens = workload.tokens_per_batch(config, texts.tokens, cells, chip.kind)
     if not config.eval_batch_size:
         tokens = cells * ladder.forward_tokens(model, memory.abstract_mesh(settings.mesh), tokens // cells, longest, size=chip.memory,
-                                               platform=chip.kind)
+                                               offload=config.offload, platform=chip.kind)
     return packing.forward_batches(texts.tokens, cells=cells, embed=model.config.embed, tokens_per_batch=tokens)
 
 

@@ -130,4 +130,4 @@ def check_compiler(topology: Topology) -> None:
     """UserError where the compiler for a topology is not installed."""
     if topology.chip.kind == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise UserError(f"config.topology: {str(topology)!r} needs libtpu, the TPU's compiler, which is not installed: "
-                        "pip install 'w2s_jax[plan]'")
+                        "pip install libtpu")

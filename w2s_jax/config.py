@@ -104,7 +104,7 @@ SET = {
 # Keys whose content counts, not their name: an identity holds a fingerprint in their place.
 CONTENT = ("model", "task", "labels", "stats_labels", "run", "corpus", "tokenizer")
 NAMES_OF_CONTENT = ("revision", "task_dir", "task_revision")  # where the content was found; covered by its fingerprint
-STORES = {"gs": ("gcsfs", "w2s_jax[gcs]"), "s3": ("s3fs", "s3fs")}  # object stores: the module that reads one, and what to install
+STORES = {"gs": ("gcsfs", "etils[epath-gcs]"), "s3": ("s3fs", "s3fs")}  # object stores: the module that reads one, and what to install
 
 
 # ---------------------------------------------------------------- loading

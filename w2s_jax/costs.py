@@ -124,7 +124,8 @@ def work(model, settings: Settings, shape: Shape, *, microbatches: int, train: s
     passes = forwards + (2 if train == "full" else 1 if through else 0)
     scores = 2.0 * tokens * shape.time * c.heads * c.head_dim * c.layers  # one of attention's products, or its share of a backward pass
     attended = forwards + (2 if through else 0) + (1 if through and not again else 0)  # scores are never kept
-    flops = (2.0 * weights * tokens * passes + 2 * scores * attended) / split
+    heads = split if c.heads % split == 0 and c.kv_heads % split == 0 else 1  # else every device has them all
+    flops = 2.0 * weights * tokens * passes / split + 2 * scores * attended / heads
     collectives = []
 
     def add(kind, group, count, sent):

@@ -295,6 +295,9 @@ class _Group:
         selector = selectors.DefaultSelector()
         for peer in self.peers.values():
             selector.register(peer.sock, selectors.EVENT_READ, peer)
+        for peer in self.peers.values():
+            for message in peer.early:
+                self._handle(peer, message)
         asked = False
         while not self._closing.is_set():
             if not selector.get_map():  # all have said goodbye

@@ -308,13 +308,14 @@ def place(model, mesh, *, tokens: int, offload: str = "none") -> dict[str, int]:
                     f"{len(jax.devices())}; expected more devices, or param_dtype=bfloat16")
 
 
-def forward_tokens(model, mesh, wanted: int, longest: int, held: int = 0, *, size: int | None = None, platform: str | None = None) -> int:
+def forward_tokens(model, mesh, wanted: int, longest: int, held: int = 0, *, offload: str = "none", size: int | None = None,
+                   platform: str | None = None) -> int:
     """Tokens of a forward pass on one device: `wanted`, halved until the pass fits beside `held` bytes (of training), one document of
     `longest` tokens at least. `mesh`: anything with a `shape`. `size`, `platform`: of devices that are not here."""
     limit, platform = ROOM * (size or exhausted.device_memory()) - held, platform or jax.default_backend()
     while wanted > longest:
         shape = packing.Shape(max(wanted // longest, 1), longest)
-        if memory.estimate(model, mesh.shape, shape, slots=2, platform=platform).peak <= limit:
+        if memory.estimate(model, mesh.shape, shape, slots=2, offload=offload, platform=platform).peak <= limit:
             break
         wanted = max(wanted // 2, longest)
     return wanted

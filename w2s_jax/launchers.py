@@ -71,8 +71,10 @@ def detect(values: Mapping, environ: Mapping[str, str] = os.environ) -> Job | No
 
 
 def _job(launcher: str, process: int, processes: int, host: str, token: str, *, port: int = 0, local=None) -> Job | None:
-    if processes < 1 or not 0 <= process < processes:
-        raise UserError(f"{launcher}: process {process} of {processes}, expected a number from 0 to {max(processes - 1, 0)}")
+    if processes < 1:
+        raise UserError(f"{launcher}: {processes} processes, expected 1 or more")
+    if not 0 <= process < processes:
+        raise UserError(f"{launcher}: process {process} of {processes}, expected a number from 0 to {processes - 1}")
     token = f"{launcher}/{token}/{processes}"
     if port:
         ports = _following(port)

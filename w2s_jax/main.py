@@ -228,8 +228,9 @@ def _spelled_mesh(word: str, config: ConfigDict) -> list[str]:
     if text == "auto":
         sizes = ["0"] * len(axes)
     elif "=" in text:
-        named = dict(part.split("=", 1) if "=" in part else (part, "") for part in text.replace(" ", "").split(","))
-        sizes = [named.pop(axis, "0") for axis in axes] if set(named) <= set(axes) else []
+        parts = text.replace(" ", "").split(",")
+        named = dict(part.split("=", 1) if "=" in part else (part, "") for part in parts)
+        sizes = [named.pop(axis, "0") for axis in axes] if set(named) <= set(axes) and len(named) == len(parts) else []
     if len(sizes) != len(axes) or not all(re.fullmatch(r"-?\d+", size) for size in sizes):
         raise UserError(f"--{word.lstrip('-')}: expected auto, the sizes of {', '.join(axes)} as in 1x8x1, or some as in data=2,fsdp=4")
     return [f"--config.{match[1]}.{axis}={size}" for axis, size in zip(axes, sizes)]

@@ -144,7 +144,7 @@ class _Layer:
             return n / grid.shape["model"] if n % grid.shape["model"] == 0 else n
 
         entry, out = tokens * c.embed, tokens * c.embed
-        attended, qkv = tokens * split(c.heads * c.head_dim), tokens * split((c.heads + 2 * c.kv_heads) * c.head_dim)
+        attended, qkv = tokens * split(c.heads) * c.head_dim, tokens * split((c.heads + 2 * c.kv_heads) * c.head_dim)
         up = tokens * split(c.mlp) * (1 if c.mlp_kind == "plain" else 2)
         if c.residual not in ("pre", "parallel"):
             out *= 2  # a norm behind the MLP reads its result too

@@ -52,9 +52,11 @@ def page(p: dict, config) -> str:
     lines = [f"# {p['model']} on {p['topology']}", "",
              f"{p['parameters'] / 1e9:.3g}B parameters, {p['chips']} chips, {_what(p, config)}; {kind}", ""]
     s = p["settings"]
-    flags = " ".join(f"--config.mesh.{axis}={s[axis]}" for axis in ("data", "fsdp", "model")) + f" --config.remat={s['remat']}"
-    flags += f" --config.microbatch_size={s['microbatch_size']}" if s["microbatch_size"] else ""
-    flags += f" --config.offload={config.offload}" if config.offload != "none" else ""
+    flags = " ".join(f"--config.mesh.{axis}={s[axis]}" for axis in ("data", "fsdp", "model"))
+    if p["what"] == "train":  # labelling takes the rest from the run
+        flags += f" --config.remat={s['remat']}"
+        flags += f" --config.microbatch_size={s['microbatch_size']}" if s["microbatch_size"] else ""
+        flags += f" --config.offload={config.offload}" if config.offload != "none" else ""
     if not p["fits"]:
         needs = f"{p['needed'] / GIB:.1f} GiB" if p["needed"] else "more than that"
         mesh, remat, size = _settings(s)

@@ -163,6 +163,8 @@ class Pool:
             while self.waiting or self.running:
                 if self._stop is None:
                     self._start_ready()
+                    if self._stop is not None:  # a run that was just being started was not told
+                        self._tell(signal.SIGTERM)
                 elif not self.running:
                     break
                 time.sleep(0.05)
@@ -202,6 +204,8 @@ class Pool:
 
     def _start_ready(self) -> None:
         for name in list(self.waiting):
+            if self._stop is not None:
+                return
             parents = self.graph.nodes[name].parents
             if broken := [parent for parent in parents if parent in self.failed]:
                 self.waiting.remove(name)
@@ -222,7 +226,7 @@ class Pool:
 
     def _start(self, name: str, held: tuple[str, ...]) -> None:
         log = self.logs / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        runlog.make_folder(log.parent, "config.logs")
         cores = _cores()
         if self.devices.platform == "cpu" and held and hasattr(os, "sched_setaffinity"):  # a process takes over its parent's cores
             share = len(cores) // len(self.devices.ids)

@@ -24,7 +24,7 @@ _LONGEST = 1 << 20  # bytes of a first line
 
 @dataclasses.dataclass
 class Peer:
-    """The other end of a connection. `left`: it has said goodbye."""
+    """The other end of a connection. `left`: it has said goodbye. `early`: what it said behind the roll call, to be handled first."""
 
     process: int
     sock: socket.socket
@@ -32,6 +32,7 @@ class Peer:
     pid: int
     buffer: bytes = b""
     left: bool = False
+    early: list[dict] = dataclasses.field(default_factory=list)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def send(self, message: dict) -> None:
@@ -230,7 +231,7 @@ def _answered(job: Job, peer: Peer, end: float) -> bool:
             messages = peer.receive()
         except ValueError:
             return False
-        for message in messages or ():
+        for number, message in enumerate(messages or ()):
             if not isinstance(message, dict) or "other" in message:
                 return False
             if "refused" in message:
@@ -240,6 +241,7 @@ def _answered(job: Job, peer: Peer, end: float) -> bool:
                 # Process 0 tells when its own time is over; a margin for one that has vanished.
                 peer.sock.settimeout(max(end - time.monotonic(), 0) + 60)
             if "complete" in message and peer.pid:
+                peer.early = messages[number + 1:]
                 return True
         if messages is None:
             return False

@@ -50,13 +50,19 @@ def _check_ours(path: epath.Path) -> None:
         raise UserError(f"--workdir={path}: holds {stray[0]} but no config.json, so it is no run of this program; choose another")
 
 
-def _claimed(path: epath.Path, wait: bool) -> Claim:
+def make_folder(path, given: str) -> None:
+    """Makes a directory where there is none; UserError, which names what gave it, where that cannot be."""
+    path = epath.Path(path)
     if path.exists() and not path.is_dir():
-        raise UserError(f"--workdir={path}: is a file, expected a directory")
+        raise UserError(f"{given}={path}: is a file, expected a directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir={path}: cannot be made: {error.strerror or error}") from error
+        raise UserError(f"{given}={path}: cannot be made: {error.strerror or error}") from error
+
+
+def _claimed(path: epath.Path, wait: bool) -> Claim:
+    make_folder(path, "--workdir")
     _check_ours(path)  # before the claim, which leaves a file
     return Claim(path, wait)
 

@@ -65,7 +65,7 @@ class Fits:
             return True
         trains = node.stage == "finetune"
         key = (trains, *(str(config.get(name)) for name in ("model", "revision", "dtype", "param_dtype", "train", "lora", "max_length",
-                                                            "optimizer", "optimizer_args", "batch_size")))
+                                                            "optimizer", "optimizer_args", "batch_size", "offload")))
         if key not in self._known:
             self._known[key] = _memory(config, trains)
         return self._known[key] <= ROOM * self.limit
@@ -81,4 +81,5 @@ def _memory(config, trains: bool) -> int:
         how = {"optimizer": optimizers.of(config), "train": config.train, "microbatches": config.batch_size}
     shape = packing.Shape(1, min(config.max_length, model.config.max_positions))
     # Of two documents a row: what serves one alone depends on the device, which is not to be asked here.
-    return memory.estimate(model, {"data": 1, "fsdp": 1, "model": 1}, shape, slots=2, remat="full", platform="gpu", **how).peak
+    return memory.estimate(model, {"data": 1, "fsdp": 1, "model": 1}, shape, slots=2, remat="full",
+                           offload=config.get("offload", "none"), platform="gpu", **how).peak

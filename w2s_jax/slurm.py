@@ -15,11 +15,12 @@ import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from etils import epath
 
-from w2s_jax import schedule
+from w2s_jax import runlog, schedule
 from w2s_jax.chips import CHIPS
 from w2s_jax.errors import UserError, nearest
 from w2s_jax.files import read_json, write_json, write_text
@@ -207,12 +208,14 @@ def _ask(*words: str) -> str:
     return answer.stdout
 
 
-def submit(graph: Graph, todo, work: dict[str, float], need: dict[str, int], config, several, dry_run: bool = False) -> dict[str, str]:
+def submit(graph: Graph, todo, work: dict[str, float], need: dict[str, int], config, several, dry_run: bool = False,
+           begin: Callable[[list[str]], None] | None = None) -> dict[str, str]:
     """Submits the runs `todo` that are not in the queue already, and the report.
 
     Args:
       work, need: how long each takes compared with the others, and the devices that it takes.
       several: the stages that run in several processes.
+      begin: called with the runs that are about to be submitted, once everything is known to fit.
 
     Returns the job of every run that is queued now. UserError: no SLURM here, or sbatch refuses; what was submitted before stays.
     """
@@ -221,7 +224,7 @@ def submit(graph: Graph, todo, work: dict[str, float], need: dict[str, int], con
     if not dry_run:
         if not shutil.which("sbatch"):
             raise UserError("config.executor: 'slurm', but there is no sbatch on PATH; expected a login node of a SLURM cluster")
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        runlog.make_folder(folder / "logs", "config.logs")
     jobs = Jobs(folder)
     with contextlib.nullcontext() if dry_run else _alone(folder):
         found = {run: where for run, where in jobs.runs().items() if where["state"] and run in graph.nodes}
@@ -241,6 +244,8 @@ def submit(graph: Graph, todo, work: dict[str, float], need: dict[str, int], con
         ids: dict[str, str] = {}
         title = f"w2s-{short(str(root))}"
         if not dry_run:
+            if begin:
+                begin(left)
             schedule.write_plans(graph, left)
         for array in arrays:
             before = [queued[p] for name in array.runs for p in graph.nodes[name].parents if p in queued and p not in left]

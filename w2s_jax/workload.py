@@ -292,7 +292,8 @@ def forward_tokens(config, tokens: Sequence[np.ndarray], mesh, model, held: int 
     wanted = tokens_per_batch(config, tokens, cells, mesh.devices.flat[0].platform)
     if config.eval_batch_size:
         return wanted
-    return ladder.forward_tokens(model, mesh, wanted // cells, max(len(t) for t in tokens), held) * cells
+    return ladder.forward_tokens(model, mesh, wanted // cells, max(len(t) for t in tokens), held,
+                                 offload=_offload(config)) * cells
 
 
 def tokens_per_batch(config, tokens: Sequence[np.ndarray], cells: int, platform: str) -> int:

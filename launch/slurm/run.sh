@@ -20,6 +20,7 @@ done
 [ $# -gt 1 ] || w2s_fail "there are no flags of w2s after --; expected [options of sbatch] -- --config=NAME --workdir=DIR (see --help)"
 shift
 workdir="$(w2s_flag workdir "$@")"
+workdir="${workdir/#"~/"/$HOME/}" # as w2s itself reads it
 [ -n "$workdir" ] || w2s_fail "--workdir: is missing after --; expected the directory that the run is written to"
 command -v sbatch >/dev/null || w2s_fail "there is no sbatch on PATH; expected a login node of a SLURM cluster"
 w2s_env

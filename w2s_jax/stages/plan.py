@@ -111,7 +111,7 @@ class _Point:
 
     def _layout(self, settings: costs.Settings) -> dict:
         """`shape`, `slots`, `microbatches`, `group` of the largest cell."""
-        key = (settings.data * settings.fsdp, settings.microbatch_size)
+        key = (*settings.mesh.values(), settings.microbatch_size)
         if key not in self.plans:
             if self.program:
                 plan = ahead.training_plan(self.config, self.model, self.texts, settings, self.platform, _SAMPLE)
@@ -160,8 +160,13 @@ class _Point:
         """`(settings, compiled)` of the first that the compiler says fits, or None. The fastest are tried first (`nearest`: the
         nearest), as far as the arithmetic, corrected by what compilations needed, lets them fit."""
         estimates = {s: self.estimate(s) for s in options}
-        rank = (lambda s: (self._distance(nearest, s), estimates[s]["times"].step)) if nearest else (
-            lambda s: (estimates[s]["times"].serial * (costs.NARROW if s.model > 1 else 1), s.microbatch_size > 0, s.model, -s.data))
+        def seconds(s, time: float) -> float:  # of as many tokens: passes over labels are as large as the mesh lets them be
+            shape = self._layout(s)["shape"]
+            return time if self.program else time / (s.data * s.fsdp * shape.rows * shape.time)
+
+        rank = (lambda s: (self._distance(nearest, s), seconds(s, estimates[s]["times"].step))) if nearest else (
+            lambda s: (seconds(s, estimates[s]["times"].serial) * (costs.NARROW if s.model > 1 else 1), s.microbatch_size > 0, s.model,
+                       -s.data))
         left, factor = sorted(options, key=rank), 1.0
         for number in range(compiles):
             fitting = [s for s in left if estimates[s]["needed"] * factor <= costs.ROOM * limit]
@@ -223,16 +228,16 @@ class _Point:
         cost = compiled["cost"]
         work = costs.Work(cost["flops"] + cost["attention_flops"], cost["bytes"], tuple(Collective(**x) for x in cost["collectives"]))
         times = self._times(work, settings)
-        share = compiled["share"]  # smaller shapes: fewer tokens, but the same parameters to move
-        step = max(times.compute * share, times.memory, times.interconnect)
-        serial = max(times.compute * share, times.memory) + times.interconnect
+        # Of the mean step: smaller shapes have fewer tokens, but the same parameters to move.
+        times = dataclasses.replace(times, compute=times.compute * compiled["share"])
+        step = times.step
         steps, epochs = compiled["steps"], self.config.epochs if self.program else 1
         return self._common() | {
             "fits": True, "settings": dataclasses.asdict(settings), "changed": changed, "compiled": compiled,
             "estimate": self.estimate(settings)["needed"], "host_traffic": self._host_traffic(compiled),
-            "times": dataclasses.asdict(times) | {"bound": times.bound}, "step_seconds": step, "step_seconds_serial": serial,
+            "times": dataclasses.asdict(times) | {"bound": times.bound}, "step_seconds": step, "step_seconds_serial": times.serial,
             "tokens_per_second": compiled["useful"] / (steps * step), "run_seconds": steps * step, "epoch_seconds": steps * step / epochs,
-            "utilisation": 0.0 if not step else times.compute * share * self.config.utilisation / step}
+            "utilisation": 0.0 if not step else times.compute * self.config.utilisation / step}
 
     def _host_traffic(self, compiled: dict) -> int:
         train, per_document = (self.config.train, self.program.loss.per_document) if self.program else (None, True)

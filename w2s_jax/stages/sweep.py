@@ -42,25 +42,30 @@ def run(config, workdir, *, rerun: bool = False, dry_run: bool = False, **_) -> 
     for stage in dict.fromkeys(node.stage for node in graph.nodes.values()):
         stages.check_processes(stage)
     states = distributed.once(lambda: {name: runlog.state(root / name) for name in graph.nodes}, "states")
-    say(f"{root}: {len(graph.nodes)} runs, {sum(s == 'done' for s in states.values())} of them done; "
-        f"checkpoints will take about {sizes.disk(graph) / 1e6:,.0f} MB{_free(root)}")
     todo = [name for name, state in states.items() if state != "done" or rerun]
     work = {name: sizes.work(graph, graph.nodes[name]) for name in todo}
+    disk = sizes.disk(graph) / 1e6
+
+    def record() -> None:
+        made = config.copy_and_resolve_references()
+        if made.logs and not is_object_store(made.logs):
+            made.logs = str(schedule.folder(root, made.logs, ""))  # for those who ask from another folder
+        runlog.make_folder(root, "--workdir")
+        write_json(root / "sweep.json", {"config": made, "pairs": graph.pairs, "runs": list(graph.nodes)})
+
+    if not dry_run:
+        distributed.once(record, "sweep.json")
+    say(f"{root}: {len(graph.nodes)} runs, {sum(s == 'done' for s in states.values())} of them done; "
+        f"checkpoints will take about {disk:,.0f} MB{_free(root)}")
     if dry_run:
         distributed.once(lambda: print("\n".join(_table(graph, states))), "table")
         if config.executor == "slurm":
             slurm.submit(graph, todo, work, _need(graph, todo, slurm.memory(config.slurm)), config, stages.SEVERAL, dry_run=True)
         return {"runs": states, "pairs": graph.pairs}
 
-    def record() -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(root / "sweep.json", {"config": config, "pairs": graph.pairs, "runs": list(graph.nodes)})
-
-    distributed.once(record, "sweep.json")
-
     if todo and config.executor == "slurm":
-        _clear(root, todo, rerun)
-        queued = slurm.submit(graph, todo, work, _need(graph, todo, slurm.memory(config.slurm)), config, stages.SEVERAL)
+        queued = slurm.submit(graph, todo, work, _need(graph, todo, slurm.memory(config.slurm)), config, stages.SEVERAL,
+                              begin=lambda left: _clear(root, left, rerun))
         return {"runs": states | dict.fromkeys(queued, "queued"), "pairs": graph.pairs}
     if config.executor == "devices":
         failed = _on_devices(graph, root, todo, work, config, rerun)
@@ -116,8 +121,12 @@ def _need(graph: graph_lib.Graph, todo, limit: int) -> dict[str, int]:
 
 
 def _clear(root, todo, rerun: bool) -> None:
-    """Before runs are redone elsewhere: what they made goes now, so that a process that is stopped and started again goes on."""
-    for name in todo if rerun else ():
+    """Before runs are redone elsewhere: what they made goes now, so that a process that is stopped and started again goes on.
+    UserError, and nothing is gone, where another process writes one of them."""
+    todo = todo if rerun else ()
+    if held := [name for name in todo if runlog.held(root / name)]:
+        raise UserError(f"{root / held[0]}: another process writes it; expected it to be ended before it is redone")
+    for name in todo:
         runlog.clear(root / name)
 
 
