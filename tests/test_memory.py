@@ -93,7 +93,8 @@ def test_everything_that_saves_memory_saves_it():
     away = peak(offload="optimizer")
     assert away.optimizer_state == 0 and away.update == usual.optimizer_state and away.peak < usual.peak
     assert peak(offload="params").parameters < 0.5 * usual.parameters and peak(offload="params").peak <= usual.peak
-    assert peak(model=build(train="lora"), train="lora", offload="params").peak < 0.7 * lora.peak
+    adapters = peak(model=build(train="lora"), train="lora", offload="params")
+    assert adapters.parameters < 0.5 * lora.parameters and adapters.peak < lora.peak
     assert peak(shape=Shape(2, 128), slots=2, microbatches=4).activations == usual.activations // 4
     assert peak(optimizer=None).peak < usual.peak and peak(optimizer=None).gradients == 0
 

@@ -294,7 +294,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_compiled(tmp_p
 def test_without_the_tpus_compiler_one_line_says_what_to_install(tmp_path, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else real(name, *rest))
-    with pytest.raises(UserError, match=r"config.topology: 'v5e:2x2' needs libtpu, .*pip install 'w2s_jax\[plan\]'"):
+    with pytest.raises(UserError, match=r"config.topology: 'v5e:2x2' needs libtpu, .*pip install libtpu"):
         stages.run(config("gpt2", topology="v5e:2x2"), tmp_path / "plan")
     assert not (tmp_path / "plan").exists()
 
