@@ -108,6 +108,7 @@ make() {
     last="$now"
     case "$now" in
       ACTIVE) break ;;
+      "") w2s_fail "queued resource $name: is no longer there" ;;
       FAILED | SUSPENDED | SUSPENDING) w2s_fail "queued resource $name: $now (gcloud compute tpus queued-resources describe says why)" ;;
     esac
     sleep "${W2S_POLL:-30}"

@@ -244,10 +244,11 @@ def test_what_else_gcloud_says_is_said_and_deletes_nothing(recorder, tmp_path):
     assert [call[4] for call in recorder.calls()] == ["describe"]
 
 
-def test_a_failed_queued_resource(recorder, tmp_path):
-    (tmp_path / "states-queued-resources").write_text("NOT_FOUND FAILED")
+@pytest.mark.parametrize("states, message", [("NOT_FOUND FAILED", "n: FAILED"), ("PROVISIONING NOT_FOUND", "n: is no longer there")])
+def test_a_failed_queued_resource(recorder, tmp_path, states, message):
+    (tmp_path / "states-queued-resources").write_text(states)
     done = tpu(recorder, "--queued", "--type=t", "--version=v")
-    assert done.returncode == 2 and "queued resource n: FAILED" in done.stderr
+    assert done.returncode == 2 and f"queued resource {message}" in done.stderr
 
 
 @pytest.mark.parametrize("part, code", [("--install", 7), ("--config=", 7)])

@@ -29,7 +29,7 @@ EVERY = os.environ.get("W2S_EVERY_MESH") == "1"
 LORA = models.Lora(3, 1.0, 0.0, "all-linear", False)  # scaled by a third: larger adapters of random weights would sharpen attention
 STEPS, BATCH = 2, 11
 # Adam's first step is the gradient's sign: with its usual eps, an element whose gradient is rounding and nothing else would go
-# either way, and another order of sums show in the fourth digit of a logit.
+# either way, and another order of sums would show in the fourth digit of a logit.
 EPS = 1e-3
 
 

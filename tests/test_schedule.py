@@ -311,7 +311,7 @@ def test_a_machine_without_slurm(graph, monkeypatch, tmp_path):
 
 
 def test_what_is_redone_goes_only_when_it_is_submitted(graph, recorder, monkeypatch):
-    """And what is in the queue already keeps what it has."""
+    """A submission that fails takes nothing away."""
     begun = []
     config = tiny.set_keys(shipped("sweep"))
     again = lambda: slurm.submit(graph, list(graph.nodes), dict.fromkeys(graph.nodes, 1.0), need(graph), config,  # noqa: E731

@@ -42,7 +42,8 @@ def spread(x: jax.Array, model: int | None = None) -> jax.Array:
 
 
 def fetched(tree):
-    """Arrays inside a program, those that lie in the host's memory brought to the device (gradients go the way back)."""
+    """A tree of arrays of any shape inside a program, those that lie in the host's memory brought to the device, where they keep their
+    sharding; their gradients go the way back."""
     def bring(x):
         return jax.device_put(x, jax.memory.Space.Device) if jax.typeof(x).memory_space == jax.memory.Space.Host else x
     return jax.tree.map(bring, tree)

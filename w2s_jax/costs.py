@@ -161,7 +161,7 @@ def _rounds(train: str | None, microbatches: int, per_document: bool) -> int:
 
 def host_traffic(host: dict, *, microbatches: int, train: str | None, per_document: bool) -> int:
     """Bytes a step between a device and its host's memory, where `host` bytes of `parameters` and `optimizer_state` lie: the layers'
-    matrices come in with every pass, their gradients go out, and the update reads and writes all."""
+    matrices come in with every pass, their gradients go out and come back, and the update reads and writes all."""
     moved = host["parameters"] * _rounds(train, microbatches, per_document) + 2 * host["optimizer_state"]
     return moved + (host["parameters"] * (2 * microbatches + 2) if train == "full" else 0)
 

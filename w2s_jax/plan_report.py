@@ -41,7 +41,7 @@ def table(points: list[dict], config) -> str:
                       f"{p['tokens_per_second']:,.0f}"]
         else:
             needs = f"{p['needed'] / GIB:.1f}" if p["needed"] else "more"
-            cells += [*_settings(s), needs, has, "", "", "does not fit", f"take {p['larger']}" if p["larger"] else ""]
+            cells += [*_settings(s), needs, has, "", "", "does not fit" + (f"; take {p['larger']}" if p["larger"] else ""), ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

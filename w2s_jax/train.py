@@ -41,32 +41,22 @@ class Program:
     train: str = "full"
     offload: str = "none"  # what lies in the host's memory: "optimizer": its state, between updates; "params": the layers' matrices too
 
-    @functools.cached_property
-    def _places(self) -> dict:
-        """Where it is all worked on: shardings of `trainable` and `opt_state`."""
+    def shardings(self) -> dict:
+        """Shardings of `trainable`, `frozen` and `opt_state` between steps; scalars of the state stay on the device."""
+        whole, _ = mesh_lib.param_shardings(self.mesh, self.model.abstract, self.offload)
+        trainable, frozen = split_params(whole, self.train)
         abstract, _ = split_params(self.model.abstract, self.train)
-        trainable, _ = split_params(mesh_lib.param_shardings(self.mesh, self.model.abstract)[0], self.train)
-        return {"trainable": trainable, "opt_state": self.optimizer.state_shardings(abstract, trainable)}
-
-    @functools.cached_property
-    def _stored(self) -> dict:
-        """Where it lies between steps: shardings of `trainable`, `frozen` and `opt_state`, of which scalars stay on the device."""
-        trainable, frozen = split_params(mesh_lib.param_shardings(self.mesh, self.model.abstract, self.offload)[0], self.train)
-        state = self._places["opt_state"]
+        state = self.optimizer.state_shardings(abstract, trainable)
         if self.offload != "none":
-            shapes = jax.eval_shape(self.optimizer.init, split_params(self.model.abstract, self.train)[0])
+            shapes = jax.eval_shape(self.optimizer.init, abstract)
             state = jax.tree.map(lambda place, leaf: place.with_memory_kind(mesh_lib.HOST) if leaf.ndim else place, state, shapes)
         return {"trainable": trainable, "frozen": frozen, "opt_state": state}
-
-    def shardings(self) -> dict:
-        """Shardings of `trainable`, `frozen` and `opt_state` between steps."""
-        return self._stored
 
     def update(self, grads, opt_state, trainable, lr):
         """The optimizer's update; what is offloaded is brought in from the host and back."""
         if self.offload == "none":
             return self.optimizer.update(grads, opt_state, trainable, lr)
-        at, back = self._places, self._stored
+        at, back = dataclasses.replace(self, offload="none").shardings(), self.shardings()
         grads, trainable = (jax.device_put(tree, at["trainable"]) for tree in (grads, trainable))
         trainable, opt_state = self.optimizer.update(grads, jax.device_put(opt_state, at["opt_state"]), trainable, lr)
         return jax.device_put(trainable, back["trainable"]), jax.device_put(opt_state, back["opt_state"])
