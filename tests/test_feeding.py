@@ -37,3 +37,10 @@ def test_sizes_count_images_and_places_count_patches():
 def test_the_last_batch_of_a_pass_is_filled_up_with_empty_slots():
     arrays = feeding.image_batch(np.full((3, 2, 2, 3), 9, np.uint8), 5)
     assert arrays["documents"].tolist() == [0, 1, 2, -1, -1] and not arrays["images"][3:].any() and arrays["images"][:3].all()
+
+
+def test_sizes_are_counted_once():
+    """They are asked for of every batch: counted each time, planning a run would take the square of its documents."""
+    tokens = [np.arange(n, dtype=np.int32) for n in (3, 1, 4)]
+    texts = feeding.Texts(tokens, np.eye(2, dtype=np.float32)[[0, 1, 0]], np.ones(3, np.float32), list("abc"))
+    assert texts.sizes.tolist() == [3, 1, 4] and texts.sizes is texts.sizes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import ClassVar
@@ -66,7 +67,7 @@ class Texts(Corpus):
     weights: np.ndarray | None = None
     unit: ClassVar[str] = "tokens"
 
-    @property
+    @functools.cached_property  # asked for of every batch
     def sizes(self) -> np.ndarray:
         return np.array([len(t) for t in self.tokens])
 
@@ -94,7 +95,7 @@ class Images(Corpus):
     def counts(self) -> np.ndarray:
         return np.ones(len(self.ids), np.float32)
 
-    @property
+    @functools.cached_property
     def sizes(self) -> np.ndarray:
         return np.ones(len(self.ids), np.int64)
 

@@ -132,8 +132,9 @@ class _Ladder:
         self.config, self.build, self.corpus, self.batches, self.loss, self.kind = config, build, corpus, batches, loss, kind
         self.make_optimizer = make_optimizer
         self.optimizer, self.batch_size = make_optimizer(config), len(batches[0])
-        sizes = np.array([int(corpus.sizes[b].sum()) for b in batches])
-        longest = int(np.argmax([int(corpus.sizes[b].max()) for b in batches]))
+        documents = corpus.sizes
+        sizes = np.array([int(documents[b].sum()) for b in batches])
+        longest = int(np.argmax([int(documents[b].max()) for b in batches]))
         self.heaviest = [batches[i] for i in dict.fromkeys([*np.argsort(-sizes, kind="stable")[:4].tolist(), longest])]
         self.limit, self.devices = exhausted.device_memory(), len(jax.devices())
         self.choices = rungs(config, self.devices, self.batch_size, loss.per_document)
