@@ -43,6 +43,13 @@ if [ "${W2S_INSTALL:-1}" != 0 ] && { [ "${CI:-}" = true ] || [ "${W2S_SLURM:-}" 
     echo "no SLURM: its tests will skip" >&2
 fi
 
+if [ -z "${JAX_COMPILATION_CACHE_DIR:-}" ]; then
+  # What one Python compiled the next one need not: half of the quick tests' time. Empty at first, so that nothing old is tested.
+  JAX_COMPILATION_CACHE_DIR="$(mktemp -d)"
+  trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
+  export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
+fi
+
 status=0
 "$PYTHON" -m ruff check . || status=1
 cores="$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')"
