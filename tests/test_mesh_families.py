@@ -33,6 +33,13 @@ STEPS, BATCH = 2, 11
 EPS = 1e-3
 
 
+@pytest.fixture(autouse=True)
+def room_for_many_programs():
+    """300 cases would leave more programs in a process than it may map."""
+    yield
+    forward.make_room()
+
+
 def raw(case):
     """config.json; of every second family with a vocabulary that devices divide, of the others with one that they do not."""
     found = QWEN if case == "qwen" else reference.config(case).to_dict()
