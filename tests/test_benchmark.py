@@ -65,6 +65,7 @@ def test_the_table(tmp_path, torch, capsys):
     assert stages.run(tiny(torch=torch), tmp_path) == results  # done already: nothing is measured
 
 
+@pytest.mark.slow
 def test_start_up():
     found = benchmark.startup()
     assert {*found} == {"cold", "warm", "programs"} and found["programs"] >= 2  # a training step, a forward pass

@@ -171,6 +171,7 @@ def test_own_text_own_tokenizer_then_pretraining_goes_on(tmp_path, capsys):
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.slow
 def test_same_run_whatever_the_execution(tmp_path):
     """Microbatches, devices and steps a dispatch change rounding only; a resumed run is found by its identity."""
     pytest.importorskip("jax")

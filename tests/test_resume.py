@@ -22,6 +22,8 @@ import w2s_jax
 from w2s_jax import stages, train
 from w2s_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMING = {"seconds", "compile_seconds", "tokens_per_second", "images_per_second", "feature_seconds", "probe_seconds"}
 STEPS = 24
@@ -179,7 +181,6 @@ SWEEP = {"pretrain__steps": 20, "pretrain__n_heldout": 16, "pretrain__checkpoint
          "base__batch_size": 8, "base__epochs": 1, "base__checkpoint_every": 2, "base__keep": "all"}
 
 
-@pytest.mark.slow
 def test_a_sweep_killed_at_random_moments_ends_as_if_it_was_not(start, tmp_path):
     argv = ["--config=sweep:runlocal", *tiny.flags(**SWEEP)]
     reference, root = tmp_path / "reference", tmp_path / "killed"

@@ -203,6 +203,7 @@ TURNS = {  # in the order of a run; what the next attempt says
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_stopped_at_every_turn(whole, tmp_path, monkeypatch, capfd):
     for turn, (stop, _) in TURNS.items():
         with monkeypatch.context() as patch:
